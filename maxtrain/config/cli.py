@@ -1,0 +1,180 @@
+"""The command line that all entries share: a path, `section.key=value`, and the few flags an entry adds."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar
+
+from pydantic import TypeAdapter
+from pydantic.fields import FieldInfo
+
+from maxtrain.config import keys, loader
+from maxtrain.config.errors import Refused
+from maxtrain.config.schema import Config, Section
+
+Number = TypeVar("Number", int, float)
+HELP = {"help": "Print this text."}
+SHOW = {
+    "print-config": "Print every value with the file and line that set it, and stop.",
+    "diff": "The same for those values only that differ from their defaults.",
+}
+LAYERS = """
+Keys are nested under their sections in the YAML file and written section.key=value here, the value being YAML too. `include:` names
+files, relative to the one it stands in, that lie below it: later files win over earlier ones, the file over its includes, the command
+line over all. Mappings are merged key by key, lists and single values replaced; `!replace` before a mapping replaces it as a whole.
+"""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What was asked for on the command line."""
+
+    config: Any
+    """The path given first; None when it may be left out and is."""
+    overrides: tuple[str, ...]
+    """The words `section.key=value`."""
+    flags: Mapping[str, bool]
+    """Every flag by name, and whether it was given."""
+    options: Mapping[str, list[str]]
+    """Every option by name, and the values it was given."""
+
+
+def parse(
+    argv: Sequence[str],
+    *,
+    usage: str,
+    flags: Mapping[str, str] | None = None,
+    options: Mapping[str, str] | None = None,
+    positional: str = "CONFIG.yml",
+    overrides: bool = True,
+) -> Arguments:
+    """Read the command line of an entry; `--help`, `--print-config` and `--diff` print what they promise and exit with 0.
+
+    Args:
+        argv: The words behind the program's name.
+        usage: The line that `--help` begins with.
+        flags: Help of each flag without a value (`--name`).
+        options: Help of each option with a value (`--name VALUE` or `--name=VALUE`), which may be given several times.
+        positional: What the path is called in messages.
+        overrides: Whether the entry takes a config and `section.key=value`; otherwise the path must be given.
+
+    Raises:
+        Refused: a word that is not understood, or the config that is to be printed.
+    """
+    flags, options = {**(flags or {}), **(SHOW if overrides else {}), **HELP}, options or {}
+    given, values = dict.fromkeys(flags, False), {name: list[str]() for name in options}
+    paths: list[str] = []
+    assignments: list[str] = []
+    words = iter(argv)
+    for word in words:
+        name, equals, value = word.removeprefix("--").partition("=")
+        if word == "-h":
+            given["help"] = True
+        elif not word.startswith("-"):
+            (assignments if overrides and re.match(r"[^/=]+=", word) else paths).append(word)
+        elif name in flags and not equals:
+            given[name] = True
+        elif name in options:
+            following = value if equals else next(words, None)
+            if following is None:
+                raise Refused(f"--{name} needs a value: {options[name]}")
+            values[name].append(following)
+        else:
+            raise Refused(_not_known(word, name, flags, options))
+    if given["help"]:
+        _show(help_text(usage, flags, options, overrides))
+    if len(paths) > 1:
+        raise Refused(f"{paths[1]!r} is too much: one {positional} is read{', a value is set by section.key=value' * overrides}")
+    if not paths and not overrides:
+        raise Refused(f"no {positional} is given\nusage: {usage}")
+    arguments = Arguments(paths[0] if paths else None, tuple(assignments), given, values)
+    if overrides and (given["print-config"] or given["diff"]):
+        _show(loader.render(loader.load(arguments.config, arguments.overrides), given["diff"]))
+    return arguments
+
+
+def _not_known(word: str, name: str, flags: Mapping[str, str], options: Mapping[str, str]) -> str:
+    if name in flags:
+        return f"{word}: --{name} takes no value"
+    if keys.at(name) is not None:
+        return f"unknown flag {word}: a key of the config is written without dashes, {name}=value"
+    near = keys.did_you_mean(name, [*flags, *options]).replace("mean ", "mean --")
+    return f"unknown flag {word}{near or '; --help names them all'}"
+
+
+def _show(text: str) -> NoReturn:
+    """Print and exit with 0, also when the reader (`| head`) has seen enough."""
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise SystemExit(0)
+
+
+def help_text(usage: str, flags: Mapping[str, str], options: Mapping[str, str], config: bool) -> str:
+    """The text of `--help`, as wide as the terminal; with `config` it goes on to every key's type, default and meaning."""
+    width = min(max(shutil.get_terminal_size().columns, 40), 120)
+
+    def paragraph(text: str, first: int, rest: int) -> str:
+        text = " ".join(text.split())
+        return textwrap.fill(text, width, initial_indent=" " * first, subsequent_indent=" " * rest, break_on_hyphens=False)
+
+    named = {f"--{name} VALUE": about for name, about in options.items()} | {f"--{name}": about for name, about in flags.items()}
+    lines = [f"usage: {usage}", ""]
+    for name, about in named.items():
+        lines += [f"  {name}", paragraph(about, 6, 6)]
+    if config:
+        lines += ["", paragraph(LAYERS, 0, 0)]
+        for path, field in keys.walk():
+            if path in Config.model_fields:
+                lines += ["", paragraph(f"{path}: {getattr(field.annotation, '__doc__', '')}", 0, 0)]
+            elif field.description:
+                lines += [paragraph(f"{path}{_default(field)}  [{keys.allowed(field)}]", 2, 6), paragraph(field.description, 6, 6)]
+    return "\n".join(lines) + "\n"
+
+
+def _default(field: FieldInfo) -> str:
+    """` = value` as YAML; nothing for a section, whose keys have their own defaults."""
+    if field.is_required():
+        return " (required)"
+    if isinstance(field.default, Section):
+        return ""
+    annotation: Any = field.annotation
+    return f" = {loader.text(TypeAdapter(annotation).dump_python(field.default, mode='json', exclude_defaults=True))}"
+
+
+def number(arguments: Arguments, name: str, default: Number, kind: type[Number], *, minimum: Number) -> Number:
+    """The value of an option that is a number, or its default.
+
+    Raises:
+        Refused: it is not such a number, is below the minimum, or is given twice.
+    """
+    given = arguments.options[name]
+    if not given:
+        return default
+    try:
+        value = kind(given[0])
+    except ValueError:
+        value = None
+    if value is None or not minimum <= value < math.inf or len(given) > 1:
+        raise Refused(f"--{name} {' '.join(given)}: write {keys.WORDS[kind]} >= {minimum}")
+    return value
+
+
+def run(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
+    """Run an entry and exit with its code (0 for None); 2 and a message without traceback for `Refused`, 130 for Ctrl-C."""
+    try:
+        code = main(sys.argv[1:]) or 0
+    except Refused as refusal:
+        print(refusal, file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    raise SystemExit(code)

@@ -1,0 +1,147 @@
+"""The one decoder: embedding, a pattern of layers (prefix, body of whole periods, remainder), norm and head.
+
+The body is stacked and scanned over, so that compile time does not depend on depth, or unrolled, which is faster on CPU.
+Both have the same initial values and the same names in a checkpoint.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from maxtrain.config import schema
+from maxtrain.models.attention import Attention
+from maxtrain.models.layers import Mlp, RmsNorm
+from maxtrain.models.moe import MoeMlp
+from maxtrain.ops.attention import Context
+from maxtrain.parallel.sharding import constrain, param
+
+REMAT = {
+    "none": lambda f: f,
+    "dots": lambda f: jax.checkpoint(f, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "full": jax.checkpoint,
+}
+ACTIVATION = ("batch", "length", None)
+
+
+class Layer(nnx.Module):
+    """One decoder layer: x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, cfg: schema.Model, slot: schema.Slot, rngs: nnx.Rngs, dtype: str):
+        self.attention_norm = RmsNorm(cfg, cfg.embed, rngs, dtype)
+        self.attention = Attention(cfg, slot, rngs, dtype)
+        self.feed_forward_norm = RmsNorm(cfg, cfg.embed, rngs, dtype)
+        self.feed_forward = MoeMlp(cfg, rngs, dtype) if slot.feed_forward == "moe" else Mlp(cfg, rngs, dtype)
+
+    def __call__(self, x: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any, jax.Array]:
+        y, cache = self.attention(self.attention_norm(x), context, cache)
+        x = constrain(x + y, ACTIVATION)
+        normed = self.feed_forward_norm(x)
+        if isinstance(self.feed_forward, MoeMlp):
+            y, balance = self.feed_forward(normed, context.segments)
+        else:
+            y, balance = self.feed_forward(normed), jnp.zeros((), jnp.float32)
+        return constrain(x + y, ACTIVATION), cache, balance
+
+
+class Block(nnx.Module):
+    """A run of unlike layers that is executed, repeated and rematerialised as one: a period of the pattern."""
+
+    def __init__(self, cfg: schema.Model, kinds: tuple[str, ...], rngs: nnx.Rngs, dtype: str):
+        self.layers = nnx.List([Layer(cfg, cfg.slots[kind], rngs, dtype) for kind in kinds])
+
+    def __call__(self, x: jax.Array, context: Context, caches: Any) -> tuple[jax.Array, Any, jax.Array]:
+        balance, new = jnp.zeros((), jnp.float32), list[Any]()
+        for layer, cache in zip(self.layers, caches or [None] * len(self.layers), strict=True):
+            x, cache, extra = layer(x, context, cache)
+            balance, new = balance + extra, [*new, cache]
+        return x, new, balance
+
+    def cache_spec(self, *args: Any) -> list[Any]:
+        """The cache of each layer."""
+        return [layer.attention.cache_spec(*args) for layer in self.layers]
+
+
+class Output(NamedTuple):
+    """hidden [batch, length, embed] after the last norm; caches as they came in, updated; the summed balancing loss of the routers."""
+
+    hidden: jax.Array
+    caches: Any
+    balance: jax.Array
+
+
+class Decoder(nnx.Module):
+    """A decoder-only transformer, a pytree of its parameters."""
+
+    def __init__(self, cfg: schema.Model, precision: schema.Precision, remat: schema.Remat, rngs: nnx.Rngs):
+        assert "auto" not in (cfg.layers, precision.compute), "resolve the config for its devices first"
+        self.cfg, self.compute, self.remat = cfg, precision.compute, remat.policy
+        dtype = precision.params
+        self.embedding = param(rngs, (cfg.vocab_size, cfg.embed), ("vocab", "embed"), std=0.02 * cfg.init_scale, dtype=dtype)
+        self.prefix = Block(cfg, cfg.prefix, rngs, dtype)
+        keys = jax.random.split(rngs.params(), cfg.num_periods)
+
+        def period(key: jax.Array) -> Block:
+            return Block(cfg, cfg.layer_pattern, nnx.Rngs(key), dtype)
+
+        # Drawn as one stack in both cases: compiling a random generator for every layer would take longer than training a tiny model
+        body = jax.vmap(period)(keys) if cfg.num_periods else None
+        unroll = cfg.layers == "unroll" or body is None
+        self.body: Any = nnx.List([jax.tree.map(lambda x, i=i: x[i], body) for i in range(cfg.num_periods)]) if unroll else body
+        self.remainder = Block(cfg, cfg.remainder, rngs, dtype)
+        self.norm = RmsNorm(cfg, cfg.embed, rngs, dtype)
+        std = cfg.init_scale * cfg.embed**-0.5
+        self.head = None if cfg.tie_embeddings else param(rngs, (cfg.vocab_size, cfg.embed), ("vocab", "embed"), std=std, dtype=dtype)
+
+    def __call__(self, tokens: jax.Array, context: Context, caches: Any = None) -> Output:
+        """Hidden states for tokens int32 [batch, length]; with caches, attention reads and updates them."""
+        table = constrain(self.embedding.get_value().astype(self.compute), ("vocab", None))  # gathered before it is read
+        x = constrain(table[tokens], ACTIVATION)
+        prefix, body, remainder = caches or (None, None, None)
+        x, prefix, balance = self._run(self.prefix, x, context, prefix)
+        if isinstance(self.body, Block):
+
+            def step(x: jax.Array, inputs: tuple[Block, Any]) -> tuple[jax.Array, Any]:
+                x, cache, extra = self._run(inputs[0], x, context, inputs[1])
+                return x, (cache, extra)
+
+            x, (body, extras) = jax.lax.scan(step, x, (self.body, body))
+            balance += extras.sum()
+        else:
+            new = list[Any]()
+            for block, cache in zip(self.body, body or [None] * len(self.body), strict=True):
+                x, cache, extra = self._run(block, x, context, cache)
+                balance, new = balance + extra, [*new, cache]
+            body = new
+        x, remainder, extra = self._run(self.remainder, x, context, remainder)
+        return Output(self.norm(x), (prefix, body, remainder), balance + extra)
+
+    def _run(self, block: Block, x: jax.Array, context: Context, caches: Any) -> tuple[jax.Array, Any, jax.Array]:
+        return REMAT[self.remat](lambda block, x, caches: block(x, context, caches))(block, x, caches)
+
+    @property
+    def head_weights(self) -> jax.Array:
+        """The output head [vocab, embed] in the compute format."""
+        return (self.embedding if self.head is None else self.head).get_value().astype(self.compute)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Logits, float32 [batch, length, vocab], of hidden states [batch, length, embed]."""
+        return jnp.einsum("ble,ve->blv", hidden, self.head_weights, preferred_element_type=jnp.float32)
+
+    def cache_spec(self, batch: int, capacity: int) -> Any:
+        """Abstract caches for `batch` sequences of up to `capacity` tokens."""
+        args = (batch, capacity, jnp.dtype(self.compute))
+        if isinstance(self.body, Block):
+            stack = lambda spec: jax.ShapeDtypeStruct((self.cfg.num_periods, *spec.shape), spec.dtype)  # noqa: E731
+            body: Any = jax.tree.map(stack, self.body.cache_spec(*args))
+        else:
+            body = [block.cache_spec(*args) for block in self.body]
+        return self.prefix.cache_spec(*args), body, self.remainder.cache_spec(*args)
+
+
+def abstract(cfg: schema.Model, precision: schema.Precision, remat: schema.Remat) -> Decoder:
+    """The decoder without arrays: shapes, formats and axes only."""
+    return jax.eval_shape(lambda key: Decoder(cfg, precision, remat, nnx.Rngs(key)), jax.random.key(0))

@@ -1,0 +1,46 @@
+"""The parts every layer is made of: norm, gated feed-forward, and the matrix product they share."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+from flax import nnx
+
+from maxtrain.config import schema
+from maxtrain.ops.gated import GATED
+from maxtrain.ops.linear import linear
+from maxtrain.ops.norm import rms_norm
+from maxtrain.parallel.sharding import param
+
+
+def matmul(x: jax.Array, weight: nnx.Param, num_contracted: int = 1) -> jax.Array:
+    """x [..., *in] times weight [*in, *out] -> [..., *out], in the format of x; `num_contracted` is the number of `in` axes."""
+    w, rows = weight.get_value(), x.shape[: x.ndim - num_contracted]
+    matrix = w.astype(x.dtype).reshape(math.prod(w.shape[:num_contracted]), -1)
+    return linear(x.reshape(*rows, -1), matrix).reshape(*rows, *w.shape[num_contracted:])
+
+
+class RmsNorm(nnx.Module):
+    """Root-mean-square norm with a learned scale (Zhang and Sennrich, 2019), computed in float32."""
+
+    def __init__(self, cfg: schema.Model, width: int, rngs: nnx.Rngs, dtype: str):
+        self.eps = cfg.norm_eps
+        self.scale = param(rngs, (width,), ("norm",), dtype=dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return rms_norm(x, self.scale.get_value(), self.eps)
+
+
+class Mlp(nnx.Module):
+    """Gated feed-forward: down(act(gate(x)) * up(x)). Shapes: x [batch, length, embed]."""
+
+    def __init__(self, cfg: schema.Model, rngs: nnx.Rngs, dtype: str):
+        self.activation = cfg.activation
+        scale = cfg.init_scale
+        self.gate = param(rngs, (cfg.embed, cfg.mlp), ("embed", "mlp"), std=scale * cfg.embed**-0.5, dtype=dtype)
+        self.up = param(rngs, (cfg.embed, cfg.mlp), ("embed", "mlp"), std=scale * cfg.embed**-0.5, dtype=dtype)
+        self.down = param(rngs, (cfg.mlp, cfg.embed), ("mlp", "embed"), std=scale * (cfg.mlp * 2 * cfg.num_layers) ** -0.5, dtype=dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return matmul(GATED[self.activation](matmul(x, self.gate), matmul(x, self.up)), self.down)

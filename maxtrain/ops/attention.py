@@ -1,0 +1,150 @@
+"""Attention over keys and values, and the seam through which a cache enters it.
+
+Training passes no cache: keys and values are the sequence itself, queries go in blocks, and a block reads only the keys
+that its causal mask and window leave. Decoding passes a cache that is written at the positions of the new tokens and
+read whole. A query sees a key of its own segment that is not later than itself and not further back than the window.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from maxtrain.ops.linear import settle
+
+MIN_BLOCK, MAX_BLOCKS = 64, 16  # blocks of queries: small enough to skip masked keys, few enough to compile fast
+MASKED = -1e30
+
+
+class Context(NamedTuple):
+    """Where the tokens of a call stand.
+
+    positions: int32 [batch, length], counted from 0 in each document.
+    segments: int32 [batch, length], the document each token belongs to; 0 is padding. A document's tokens are neighbours.
+    """
+
+    positions: jax.Array
+    segments: jax.Array
+
+
+class Cache(NamedTuple):
+    """Contiguous cache of one layer: keys and values [batch, capacity, kv_heads, width]; a token's slot is its position."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, cache: Cache | None, context: Context, window: int | None = None
+) -> tuple[jax.Array, Cache | None]:
+    """Attention of q [batch, length, heads, width] over k, v [batch, length, kv_heads, width] or over the cache they are written to.
+
+    Returns: output [batch, length, heads, width] and the updated cache.
+    """
+    q = q * q.shape[-1] ** -0.5
+    if cache is None:
+        return causal_attention(q, k, v, context.segments, window), None
+    write = jax.vmap(lambda buffer, new, at: jax.lax.dynamic_update_slice_in_dim(buffer, new.astype(buffer.dtype), at, axis=0))
+    start = context.positions[:, 0]
+    cache = Cache(write(cache.keys, k, start), write(cache.values, v, start))
+    distance = context.positions[:, :, None] - jnp.arange(cache.keys.shape[1])
+    visible = (distance >= 0) & (distance < (window or distance.shape[-1]))
+    rows, keys, values = (_fold(x, k.shape[2]) for x in (q, cache.keys, cache.values))
+    weights = jax.nn.softmax(_masked(_product("nqd,nkd->nqk", rows, keys), visible), axis=-1)
+    return _unfold(_product("nqk,nkd->nqd", weights.astype(q.dtype), values).astype(q.dtype), q.shape), cache
+
+
+def _product(form: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Batched product with float32 sums."""
+    return jnp.einsum(form, a, b, preferred_element_type=jnp.float32)
+
+
+def _fold(x: jax.Array, kv_heads: int) -> jax.Array:
+    """[batch, length, heads, width] -> [batch * kv_heads, length * group, width]: the query heads of a group become rows."""
+    batch, length, heads, width = x.shape
+    return x.reshape(batch, length, kv_heads, -1).swapaxes(1, 2).reshape(batch * kv_heads, length * (heads // kv_heads), width)
+
+
+def _unfold(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The inverse of `_fold`, to [batch, length, heads, width] = `shape`."""
+    batch, length, _, width = shape
+    return x.reshape(batch, x.shape[0] // batch, length, -1).swapaxes(1, 2).reshape((*shape[:3], width))
+
+
+def _masked(scores: jax.Array, visible: jax.Array) -> jax.Array:
+    """Scores [batch * kv_heads, length * group, keys] with the keys that visible [batch, length, keys] rules out at -1e30."""
+    batch, length, keys = visible.shape
+    by_head = scores.reshape(batch, -1, length, scores.shape[1] // length, keys)
+    return jnp.where(visible[:, None, :, None, :], by_head, MASKED).reshape(scores.shape)
+
+
+def _blocks(length: int, window: int | None) -> list[tuple[slice, slice]]:
+    """Blocks of queries with the keys each may see."""
+    size = max(MIN_BLOCK, -(-length // MAX_BLOCKS))
+    starts = range(0, length, size)
+    return [(slice(at, min(at + size, length)), slice(max(0, at + 1 - window) if window else 0, min(at + size, length))) for at in starts]
+
+
+def _block_scores(q: jax.Array, k: jax.Array, segments: jax.Array, rows: slice, columns: slice, window: int | None) -> jax.Array:
+    """Masked scores of one block of folded queries q against the keys of `columns`."""
+    distance = jnp.arange(rows.start, rows.stop)[:, None] - jnp.arange(columns.start, columns.stop)
+    near = (distance >= 0) & (distance < (window or k.shape[1]))
+    visible = near & (segments[:, rows, None] == segments[:, None, columns])
+    return settle(_masked(_product("nqd,nkd->nqk", q, k[:, columns]), visible))
+
+
+def _of_group(x: jax.Array, rows: slice, group: int) -> jax.Array:
+    """The folded rows of the query positions `rows`."""
+    return x[:, rows.start * group : rows.stop * group]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, window: int | None) -> jax.Array:
+    """Softmax attention of a sequence over itself; weights are computed again in the backward pass instead of kept.
+
+    Shapes: q [batch, length, heads, width], already scaled; k, v [batch, length, kv_heads, width]; segments int32
+    [batch, length], a document's tokens being neighbours; result as q.
+    """
+    return _forward(q, k, v, segments, window)[0]
+
+
+def _forward(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, window: int | None):
+    shape, group = q.shape, q.shape[2] // k.shape[2]
+    q, k, v = settle(tuple(_fold(x, k.shape[2]) for x in (q, k, v)))
+    outputs, log_sums = [], []
+    for rows, columns in _blocks(shape[1], window):
+        scores = _block_scores(_of_group(q, rows, group), k, segments, rows, columns, window)
+        top = scores.max(axis=-1, keepdims=True)
+        weights = settle(jnp.exp(scores - top))
+        total = weights.sum(axis=-1, keepdims=True)
+        outputs.append((_product("nqk,nkd->nqd", weights.astype(q.dtype), v[:, columns]) / total).astype(q.dtype))
+        log_sums.append(top + jnp.log(total))
+    out = jnp.concatenate(outputs, axis=1)
+    return settle(_unfold(out, shape)), (q, k, v, segments, out, tuple(log_sums))
+
+
+def _backward(window: int | None, saved: tuple, d_out: jax.Array):
+    q, k, v, segments, out, log_sums = saved
+    shape, kv_heads = d_out.shape, k.shape[0] // d_out.shape[0]
+    group = shape[2] // kv_heads
+    d_out = settle(_fold(d_out, kv_heads))
+    delta = settle(jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True))
+    blocks_q, d_k, d_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    for (rows, columns), log_sum in zip(_blocks(shape[1], window), log_sums, strict=True):
+        q_rows, d_rows, delta_rows = settle(tuple(_of_group(x, rows, group) for x in (q, d_out, delta)))
+        weights = settle(jnp.exp(_block_scores(q_rows, k, segments, rows, columns, window) - log_sum))
+        d_scores = settle((weights * (_product("nqd,nkd->nqk", d_rows, v[:, columns]) - delta_rows)).astype(q.dtype))
+        pad = ((0, 0), (columns.start, shape[1] - columns.stop), (0, 0))
+        d_v += jnp.pad(_product("nqk,nqd->nkd", weights.astype(q.dtype), d_rows), pad)
+        d_k += jnp.pad(_product("nqk,nqd->nkd", d_scores, q_rows), pad)
+        blocks_q.append(_product("nqk,nkd->nqd", d_scores, k[:, columns]).astype(q.dtype))
+    d_k, d_v = d_k.astype(k.dtype), d_v.astype(v.dtype)
+    kv_shape = (*shape[:2], kv_heads, shape[3])
+    d_q = jnp.concatenate(blocks_q, axis=1)
+    return *settle((_unfold(d_q, shape), _unfold(d_k, kv_shape), _unfold(d_v, kv_shape))), None
+
+
+causal_attention.defvjp(_forward, _backward)

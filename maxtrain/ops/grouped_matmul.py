@@ -1,0 +1,60 @@
+"""Products of rows with the weights of their group (expert), the kernel chosen by platform.
+
+`ragged_dot` is the native form on TPU and GPU; on CPU it multiplies every row with every group, so there rows are padded
+to blocks of one group each and a loop over blocks multiplies with that group's weights.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+BLOCK = 64  # rows of one group multiplied together on CPU
+
+
+def grouped_matmul(x: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    """Row i of x times the weights of the group it lies in.
+
+    Shapes: x [rows, in], sorted by group; weights [groups, in, out]; group_sizes int32 [groups], summing to rows; result [rows, out].
+    """
+    return jax.lax.platform_dependent(x, weights, group_sizes, cpu=_blocked, default=jax.lax.ragged_dot)
+
+
+def _blocked(x: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    """The CPU form of `grouped_matmul`."""
+    num_groups, num_rows = weights.shape[0], x.shape[0]
+    padded_sizes = -(-group_sizes // BLOCK) * BLOCK
+    ends, padded_ends = jnp.cumsum(group_sizes), jnp.cumsum(padded_sizes)
+    group = jnp.repeat(jnp.arange(num_groups), group_sizes, total_repeat_length=num_rows)
+    place = jnp.arange(num_rows) - (ends - group_sizes)[group] + (padded_ends - padded_sizes)[group]
+    num_blocks = -(-num_rows // BLOCK) + num_groups
+    blocks = jnp.zeros((num_blocks * BLOCK, x.shape[1]), x.dtype).at[place].set(x, unique_indices=True)
+    owner = jnp.searchsorted(padded_ends, jnp.arange(num_blocks) * BLOCK, side="right")
+    y = _block_products(blocks.reshape(num_blocks, BLOCK, -1), weights, jnp.minimum(owner, num_groups - 1))
+    return y.reshape(num_blocks * BLOCK, -1)[place]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=())
+def _block_products(blocks: jax.Array, weights: jax.Array, owner: jax.Array) -> jax.Array:
+    """blocks [n, BLOCK, in] times weights[owner[n]] -> [n, BLOCK, out]."""
+    return jax.lax.map(lambda pair: pair[0] @ weights[pair[1]], (blocks, owner))
+
+
+def _forward(blocks: jax.Array, weights: jax.Array, owner: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return _block_products(blocks, weights, owner), (blocks, weights, owner)
+
+
+def _backward(saved: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    blocks, weights, owner = saved
+
+    def one(dw: jax.Array, row: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        x, g, group = row
+        return dw.at[group].add(x.T @ g), g @ weights[group].T
+
+    dw, dx = jax.lax.scan(one, jnp.zeros_like(weights), (blocks, dy, owner))
+    return dx, dw, None
+
+
+_block_products.defvjp(_forward, _backward)

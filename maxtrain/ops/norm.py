@@ -1,0 +1,34 @@
+"""Root-mean-square norm (Zhang and Sennrich, 2019)."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from maxtrain.ops.linear import settle
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis: float32 inside, the format of x outside."""
+    return _forward(x, scale, eps)[0]
+
+
+def _forward(x: jax.Array, scale: jax.Array, eps: float) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    x32 = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return settle((x32 * inverse).astype(x.dtype) * scale.astype(x.dtype)), (x, inverse, scale)
+
+
+def _backward(eps: float, saved: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, inverse, scale = saved
+    normed, dy = x.astype(jnp.float32) * inverse, settle(dy).astype(jnp.float32)
+    d_normed = dy * scale.astype(jnp.float32)
+    dx = inverse * (d_normed - normed * jnp.mean(d_normed * normed, axis=-1, keepdims=True))
+    d_scale = jnp.sum(dy * normed, axis=tuple(range(x.ndim - 1)))
+    return settle(dx.astype(x.dtype)), d_scale.astype(scale.dtype)
+
+
+rms_norm.defvjp(_forward, _backward)

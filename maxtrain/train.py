@@ -1,0 +1,34 @@
+"""Train a model: `python -m maxtrain.train config.yml section.key=value ...`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from maxtrain.config import cli, load
+
+USAGE = "python -m maxtrain.train [CONFIG.yml] [section.key=value ...]"
+FLAGS = {"dry-run": "Print parameters, operations, bytes per device and the layout of every array; run no step."}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train as the arguments say; 0 when done, 75 when stopped by a signal and resumable, 1 when the run diverged."""
+    arguments = cli.parse(argv, usage=USAGE, flags=FLAGS)
+    config = load(arguments.config, arguments.overrides).config
+    from maxtrain.training import dry_run, loop  # jax only from here on
+
+    if arguments.flags["dry-run"]:
+        print(dry_run.report(config))
+        return 0
+    try:
+        loop.Trainer(config).fit()
+    except loop.Stopped:
+        return 75
+    except loop.Diverged as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,346 @@
+"""The training loop: from a config to a trained model, through interruptions and bad steps."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import replace
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+
+from maxtrain.checkpoint.orbax import Checkpointer
+from maxtrain.config import schema
+from maxtrain.config.errors import Refused
+from maxtrain.data.pipeline import TrainData
+from maxtrain.data.tokenizer import Tokenizer, load_tokenizer
+from maxtrain.models import flops
+from maxtrain.parallel import mesh
+from maxtrain.parallel.sharding import Layout, parameter_table
+from maxtrain.training import run as runs
+from maxtrain.training import state as states
+from maxtrain.training.evaluation import Evaluator, make_sets
+from maxtrain.training.hardware import memory_peak_bytes, peak_tflops
+from maxtrain.training.metrics import Recorder
+from maxtrain.training.program import Program, local_rows, make_program, put_batch
+from maxtrain.training.state import TrainState
+from maxtrain.training.step import LossFn
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop; its state has been saved and the same command resumes it."""
+
+
+class Diverged(RuntimeError):
+    """Too many rollbacks: the run cannot get past its bad steps."""
+
+
+class Hook:
+    """Extra behaviour at fixed points of the loop; override what you need. `row` may be added to before it is written."""
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Before the first step, state in place."""
+
+    def on_step(self, trainer: Trainer, row: dict[str, Any]) -> None:
+        """After a step's numbers have arrived; `trainer.state` may be a step ahead."""
+
+    def on_eval(self, trainer: Trainer, row: dict[str, Any]) -> None:
+        """After an evaluation; `trainer.state` is the evaluated one."""
+
+    def on_end(self, trainer: Trainer) -> None:
+        """After the last checkpoint."""
+
+
+class StopSignal:
+    """Remembers SIGTERM and SIGINT instead of dying of them; a second one is not caught."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.name = signal.Signals(number).name
+        signal.signal(number, self.before[number])
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def requested(self, step: int) -> bool:
+        """Whether to stop before this step; all processes get the same answer."""
+        if jax.process_count() == 1:
+            return self.name is not None
+        from jax.experimental import multihost_utils
+
+        return bool(multihost_utils.process_allgather(np.array(self.name is not None)).any())
+
+
+class Trainer:
+    """One run. `Trainer(config).fit()` trains to the end, resuming what the run's folder holds.
+
+    Args:
+        config: a validated config.
+        loss_fn: what to minimise (see `step.LossFn`); next-token cross-entropy by default.
+        hooks: extra behaviour, called in order.
+    """
+
+    def __init__(self, config: schema.Config, *, loss_fn: LossFn | None = None, hooks: Sequence[Hook] = ()):
+        self.config, self.custom_loss, self.hooks = config, loss_fn, tuple(hooks)
+        self.tokens = self.rollbacks = 0
+        self.saved_step = -1
+        self.useful_seconds = self.checkpoint_seconds = 0.0
+        self.state: TrainState
+        self.program: Program
+
+    # ------------------------------------------------------------------------------------------------- setting up
+
+    def prepare(self) -> None:
+        """Data first (no device is touched for input that will be refused), then devices, programs and state."""
+        os.makedirs(self.config.run.folder, exist_ok=True)
+        self.tokenizer: Tokenizer = load_tokenizer(self.config.data)
+        if self.tokenizer.vocab_size > self.config.model.vocab_size:
+            raise Refused(
+                f"model.vocab_size={self.config.model.vocab_size} is smaller than the tokenizer's vocabulary: "
+                f"raise it to {self.tokenizer.vocab_size} or more"
+            )
+        self.data = TrainData(self.config.data, self.config.train.seed, self.tokenizer)
+        sets = make_sets(self.config, self.tokenizer)
+        mesh.start(self.config.run, self.config.mesh)
+        device_mesh = mesh.make_mesh(self.config.mesh)
+        self.config = mesh.resolve(self.config, device_mesh)
+        config = self.config
+        self.program = make_program(config, Layout(device_mesh, config.mesh.rules), len(self.data.source_names), self.custom_loss)
+        self.recorder = Recorder(config.run.folder, config.metrics, config.train.steps, jax.process_index() == 0)
+        self.checkpointer = Checkpointer(os.path.join(config.run.folder, "checkpoints"), config.checkpoint)
+        start = time.perf_counter()
+        self.batch_spec = self.program.batch(config.data.batch_size, config.data.length)
+        self.step = self.program.lower_step().compile()
+        self.evaluate = Evaluator(self.program, sets)
+        self.compile_seconds: float | None = time.perf_counter() - start
+        self.num_parameters = sum(p.size for p in parameter_table(self.program.state.model).values())
+        peak = config.metrics.peak_tflops or peak_tflops(jax.devices()[0])
+        self.peak = None if peak is None else peak * jax.device_count()
+        self._resume()
+        if jax.process_index() == 0:
+            runs.describe(config, self.tokenizer, self.num_parameters)
+
+    def say(self, message: str) -> None:
+        """Record an event of the run, on the console and in the metrics."""
+        self.recorder.write({"step": int(self.state.step) if hasattr(self, "state") else 0, "event": message})
+
+    def _resume(self) -> None:
+        """Take the newest good checkpoint if there is one, else the initial state."""
+        reports: list[str] = []
+        newest = self.checkpointer.newest_good(reports.append) if self.config.checkpoint.resume else None
+        if newest is None:
+            if self.checkpointer.steps() and not self.config.checkpoint.resume:
+                raise Refused(f"{self.config.run.folder} has checkpoints and checkpoint.resume is false: choose another run.dir")
+            self.state = states.create(self.program.init, self.config.train.seed, self.program.layout)
+            self.recorder.rewind(0)
+        else:
+            meta = self.checkpointer.read_meta(newest)
+            changes = runs.check_resume(meta["config"], self.config)
+            if meta["tokenizer"] != self.tokenizer.fingerprint:
+                raise Refused(f"{self.config.run.folder}: its checkpoints were trained with another tokenizer: use another run.dir")
+            if meta["data"] != self.data.fingerprint:
+                changes.append("the training data has changed: batches from here on are those of the new data")
+            self._restore(newest)
+            self.recorder.rewind(newest)
+            self.say(f"resumed from the checkpoint of step {newest}" + "".join(f"; {change}" for change in changes))
+        for report in reports:
+            self.say(report)
+
+    def _restore(self, step: int) -> None:
+        like = self.program.state
+        self.state = states.unstack(self.checkpointer.restore(step, states.stack(like)), like)
+        meta = self.checkpointer.read_meta(step)
+        self.tokens, self.rollbacks = meta["tokens"], meta["rollbacks"]
+
+    # --------------------------------------------------------------------------------------------------- training
+
+    def fit(self) -> TrainState:
+        """Train to the last step and return the state.
+
+        Raises:
+            Stopped: SIGTERM or SIGINT arrived; the state was saved.
+            Diverged: the guard rolled back more often than `guard.max_rollbacks`.
+        """
+        with StopSignal() as stop:
+            self.prepare()
+            try:
+                for hook in self.hooks:
+                    hook.on_start(self)
+                self._train(stop)
+                for hook in self.hooks:
+                    hook.on_end(self)
+            finally:
+                self.checkpointer.close()
+                self.recorder.close()
+        return self.state
+
+    def _batches(self) -> Generator[dict[str, jax.Array]]:
+        rows = local_rows(self.batch_spec["tokens"])
+        batches = self.data.batches(int(self.state.data_step), rows)
+        try:
+            for batch in batches:
+                yield put_batch(batch, self.batch_spec, rows)
+        finally:
+            batches.close()
+
+    def _train(self, stop: StopSignal) -> None:
+        """Dispatch a step, then read the numbers of the one before it while the devices work."""
+        cfg, self.started = self.config, time.perf_counter()
+        batches, step, pending = self._batches(), int(self.state.step), None
+        last, self.read_at = cfg.train.steps, time.perf_counter()
+        profiler = Profiler(cfg, step)
+        while step < last or pending:
+            requested = stop.requested(step)
+            dispatched = None
+            if step < last and not requested:
+                profiler.before(step)
+                waited = time.perf_counter()
+                batch = next(batches)
+                waited = time.perf_counter() - waited
+                self.state, metrics = self.step(self.state, batch)
+                step += 1
+                dispatched = (step, metrics, waited)
+            due = dispatched and (step == last or self._due(step))
+            for item in (pending, dispatched if due else None):
+                if item and self._finish_step(*item):  # too many skipped steps in a row
+                    batches.close()
+                    step, batches, dispatched, due = self._roll_back(item), self._batches(), None, False
+                    break
+            pending = None if due else dispatched
+            if due:
+                self._at_boundary(step, last)
+            if requested:
+                profiler.close()
+                batches.close()
+                if self.saved_step != step:
+                    self._save(step)
+                self.say(f"stopped by {stop.name or 'another process'}, saved; the same command goes on from here")
+                raise Stopped
+        profiler.close()
+        batches.close()
+
+    def _due(self, step: int) -> bool:
+        """Whether something is to be done with the state after this step."""
+        return any(every and step % every == 0 for every in (self.config.eval.every, self.config.checkpoint.every))
+
+    def _at_boundary(self, step: int, last: int) -> None:
+        """Evaluate and save where it is due; all numbers up to `step` have been written."""
+        metrics: dict[str, Any] = {}
+        if self.evaluate.sets and (step == last or (self.config.eval.every and step % self.config.eval.every == 0)):
+            metrics = {"step": step, **self.evaluate(self.state.model)}
+            for hook in self.hooks:
+                hook.on_eval(self, metrics)
+            self.recorder.write(metrics)
+        if step == last or (self.config.checkpoint.every and step % self.config.checkpoint.every == 0):
+            self._save(step, metrics)
+        if step == last:
+            self.checkpointer.wait()
+        self.read_at = time.perf_counter()
+
+    def _save(self, step: int, metrics: dict[str, Any] | None = None) -> None:
+        start = time.perf_counter()
+        meta = {
+            "step": step,
+            "data_step": int(self.state.data_step),
+            "tokens": self.tokens,
+            "rollbacks": self.rollbacks,
+            "seed": self.config.train.seed,
+            "config": self.config.model_dump(mode="json"),
+            "data": self.data.fingerprint,
+            "tokenizer": self.tokenizer.fingerprint,
+            "versions": runs.versions(),
+        }
+        self.checkpointer.save(step, states.stack(self.state), meta, metrics)
+        self.checkpoint_seconds += time.perf_counter() - start
+        self.saved_step = step
+
+    def _finish_step(self, step: int, metrics: dict[str, jax.Array], waited: float) -> bool:
+        """Write the row of a step; whether its run of skipped steps has reached the limit."""
+        host = jax.device_get(metrics)
+        now = time.perf_counter()
+        seconds, self.read_at = now - self.read_at, now
+        row = self._row(step, host, seconds, waited)
+        for hook in self.hooks:
+            hook.on_step(self, row)
+        self.recorder.write(row)
+        return int(host["skipped_in_a_row"]) >= self.config.guard.max_skipped
+
+    def _row(self, step: int, host: dict[str, np.ndarray], seconds: float, waited: float) -> dict[str, Any]:
+        tokens = float(host["tokens"])
+        self.tokens += round(tokens)
+        size = self.config.data.batch_size * self.config.data.length
+        rate = size * flops.training(self.config.model, self.config.data.length) / seconds / 1e12
+        saved, self.checkpoint_seconds = self.checkpoint_seconds, 0.0
+        self.useful_seconds += 0.0 if host["skipped"] else max(0.0, seconds - waited)
+        row: dict[str, Any] = {"step": step, "loss": float(host["loss"]) / max(tokens, 1.0), "tokens": self.tokens}
+        row |= {name: float(host[name]) for name in ("lr", "grad_norm", "param_norm", "objective")}
+        row |= {"skipped": int(host["skipped"]), "tokens_per_second": size / seconds, "tflops_per_second": rate}
+        row |= {"mfu": None if self.peak is None else rate / self.peak, "step_seconds": seconds, "data_seconds": waited}
+        row |= {"compute_seconds": max(0.0, seconds - waited), "checkpoint_seconds": saved, "memory_peak_bytes": memory_peak_bytes()}
+        row["goodput"] = self.useful_seconds / max(1e-9, time.perf_counter() - self.started)
+        if self.compile_seconds is not None:
+            row["compile_seconds"], self.compile_seconds = self.compile_seconds, None
+        if "balance" in host:
+            row["balance"] = float(host["balance"]) / max(tokens, 1.0)
+        for index, name in enumerate(self.data.source_names if "loss_by_source" in host else ()):
+            count = float(host["tokens_by_source"][index])
+            row |= {f"tokens/{name}": round(count)} | ({f"loss/{name}": float(host["loss_by_source"][index]) / count} if count else {})
+        return row
+
+    def _roll_back(self, item: tuple[int, Any, float]) -> int:
+        """Return to the last good checkpoint with the data moved past the bad window; the step to go on from."""
+        bad_until = int(self.state.data_step) - (int(self.state.step) - item[0])
+        rollbacks = self.rollbacks + 1
+        if rollbacks > self.config.guard.max_rollbacks:
+            raise Diverged(f"step {item[0]}: {self.config.guard.max_skipped} steps in a row were skipped after {self.rollbacks} rollbacks")
+        self.checkpointer.wait()
+        newest = self.checkpointer.newest_good(self.say)
+        if newest is None:
+            self.state, self.tokens = states.create(self.program.init, self.config.train.seed, self.program.layout), 0
+        else:
+            self._restore(newest)
+        target, first = newest or 0, int(self.state.data_step)
+        moved = jax.device_put(np.int32(bad_until), self.state.data_step.sharding)
+        self.state, self.rollbacks = replace(self.state, data_step=moved), rollbacks
+        self.recorder.rewind(target)
+        self.say(
+            f"rolled back from step {item[0]} to step {target} after {self.config.guard.max_skipped} skipped steps in a row; "
+            f"batches {first} to {bad_until - 1} are skipped for good (rollback {rollbacks} of {self.config.guard.max_rollbacks})"
+        )
+        return target
+
+
+class Profiler:
+    """Records the window of steps that the config names, for TensorBoard's profile page."""
+
+    def __init__(self, config: schema.Config, first_step: int):
+        self.cfg, self.first, self.running = config.metrics.profile, first_step, False
+        self.folder = os.path.join(config.run.folder, "tensorboard")
+
+    def before(self, step: int) -> None:
+        """Start or stop recording at the window's ends."""
+        if self.cfg is not None and step - self.first == self.cfg.start:
+            jax.profiler.start_trace(self.folder)
+            self.running = True
+        elif self.cfg is not None and step - self.first == self.cfg.start + self.cfg.steps:
+            self.close()
+
+    def close(self) -> None:
+        """Stop recording, if it runs."""
+        if self.running:
+            jax.profiler.stop_trace()
+            self.running = False

@@ -1,0 +1,152 @@
+"""Where the numbers of a run go: one row a step, handed to each sink."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.text import Text
+
+from maxtrain.config import schema
+
+Row = Mapping[str, Any]
+
+
+class Sink(Protocol):
+    """Takes rows of one run."""
+
+    def write(self, row: Row) -> None:
+        """Take one row."""
+
+    def rewind(self, step: int) -> None:
+        """Forget the rows after `step`: the run goes on from there."""
+
+    def close(self) -> None:
+        """Write out what is pending."""
+
+
+class Jsonl:
+    """metrics.jsonl: one JSON object a line, written out at once, so that a killed process loses none."""
+
+    def __init__(self, folder: str, cfg: schema.Metrics, total_steps: int):
+        self.path = os.path.join(folder, "metrics.jsonl")
+        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 - open for the life of the run
+
+    def write(self, row: Row) -> None:
+        # JSON has no NaN: a skipped step's loss is null
+        clean = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+        self.file.write(json.dumps(clean) + "\n")
+
+    def rewind(self, step: int) -> None:
+        self.file.close()
+        kept = []
+        with open(self.path) as file:
+            for line in file:
+                if not line.endswith("\n"):
+                    break  # cut short by a kill
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+        with open(self.path + ".new", "w") as file:
+            file.writelines(kept)
+        os.replace(self.path + ".new", self.path)
+        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class TensorBoard:
+    """Event files under tensorboard/."""
+
+    def __init__(self, folder: str, cfg: schema.Metrics, total_steps: int):
+        from tensorboardX import SummaryWriter  # slow to import
+
+        self.folder, self.make = os.path.join(folder, "tensorboard"), SummaryWriter
+        self.writer: Any = None
+
+    def write(self, row: Row) -> None:
+        self.writer = self.writer or self.make(self.folder)
+        for key, value in row.items():
+            if key != "step" and isinstance(value, (int, float)):
+                self.writer.add_scalar(key if "/" in key else f"train/{key}", value, row["step"])
+
+    def rewind(self, step: int) -> None:
+        self.close()
+        self.writer = self.make(self.folder, purge_step=step + 1) if os.path.isdir(self.folder) else None
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+
+class ConsoleLines:
+    """A line for people every `console_every` steps: step, loss, tokens/s, MFU, time left."""
+
+    def __init__(self, folder: str, cfg: schema.Metrics, total_steps: int):
+        self.console, self.every, self.total = Console(highlight=False), cfg.console_every, total_steps
+
+    def write(self, row: Row) -> None:
+        step = row["step"]
+        if "event" in row:
+            self.say(f"step {step}: {row['event']}", "yellow")
+        sets = sorted({key.split("/")[1] for key in row if key.startswith("eval/")})
+        for name in sets:
+            loss, bits = row[f"eval/{name}/loss"], row.get(f"eval/{name}/bits_per_byte")
+            self.say(f"step {step:>6}  eval {name}: loss {loss:.4f}" + (f"  bits/byte {bits:.4f}" if bits else ""), "cyan")
+        if "loss" not in row:
+            return
+        if row["skipped"]:
+            self.say(f"step {step}: skipped, loss {row['loss']:.4g}, gradient norm {row['grad_norm']:.4g}", "yellow")
+        elif step % self.every == 0 or step in (1, self.total) or "compile_seconds" in row:
+            mfu = f"  MFU {row['mfu']:5.1%}" if row.get("mfu") is not None else ""
+            left = duration((self.total - step) * row["step_seconds"])
+            self.say(
+                f"step {step:>6}/{self.total}  loss {row['loss']:7.4f}  norm {row['grad_norm']:6.3f}  lr {row['lr']:.2e}  "
+                f"{row['tokens_per_second']:>9,.0f} tok/s{mfu}  left {left}"
+            )
+
+    def say(self, line: str, style: str = "") -> None:
+        """Print one line."""
+        self.console.print(Text(line, style=style), soft_wrap=True)
+
+    def rewind(self, step: int) -> None:
+        """Nothing: what was printed stays."""
+
+    def close(self) -> None:
+        """Nothing is pending."""
+
+
+def duration(seconds: float) -> str:
+    """`1:02:03` or `2:03`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+SINKS: dict[str, Any] = {"console": ConsoleLines, "jsonl": Jsonl, "tensorboard": TensorBoard}
+
+
+class Recorder:
+    """The sinks of one run; only process 0 has any."""
+
+    def __init__(self, folder: str, cfg: schema.Metrics, total_steps: int, active: bool):
+        self.sinks: list[Sink] = [SINKS[name](folder, cfg, total_steps) for name in cfg.sinks] if active else []
+
+    def write(self, row: Row) -> None:
+        """Give a row to every sink."""
+        for sink in self.sinks:
+            sink.write(row)
+
+    def rewind(self, step: int) -> None:
+        """Forget the rows after `step` everywhere."""
+        for sink in self.sinks:
+            sink.rewind(step)
+
+    def close(self) -> None:
+        """Close every sink."""
+        for sink in self.sinks:
+            sink.close()

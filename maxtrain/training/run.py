@@ -1,0 +1,125 @@
+"""A run's folder: what is written next to the checkpoints, and how a finished run is opened again."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+
+from maxtrain.checkpoint.orbax import Checkpointer
+from maxtrain.config import dump, load, schema
+from maxtrain.config.errors import Refused
+from maxtrain.data.tokenizer import Tokenizer, load_saved
+from maxtrain.parallel import mesh
+from maxtrain.parallel.sharding import Layout
+from maxtrain.training import state as states
+from maxtrain.training.program import Program, make_program
+
+PACKAGES = ("maxtrain", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy", "tokenizers")
+# Keys whose change makes a checkpoint another model's or another optimizer's
+BREAKING = ("model.", "data.tokenizer.", "optimizer.kind", "precision.params", "precision.moments", "guard.window")
+HARMLESS = ("model.layers", "model.max_length", "model.init_scale")
+
+
+def versions() -> dict[str, str]:
+    """Version of Python and of the packages a result depends on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_state() -> dict[str, Any]:
+    """Commit of the working directory and whether files differ from it; empty outside a checkout."""
+
+    def ask(*command: str) -> str | None:
+        try:
+            return subprocess.run(["git", *command], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            return None
+
+    commit = ask("rev-parse", "HEAD")
+    return {} if commit is None else {"commit": commit, "changed_files": len((ask("status", "--porcelain") or "").splitlines())}
+
+
+def describe(config: schema.Config, tokenizer: Tokenizer, num_parameters: int) -> None:
+    """Write config.yml, manifest.json and the tokenizer into the run's folder."""
+    folder = config.run.folder
+    with open(os.path.join(folder, "config.yml"), "w") as file:
+        file.write(dump(config))
+    device = jax.devices()[0]
+    manifest = {
+        "command": sys.argv,
+        "git": git_state(),
+        "versions": versions(),
+        "flags": {key: os.environ[key] for key in ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS") if key in os.environ},
+        "devices": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count(), "processes": jax.process_count()},
+        "parameters": num_parameters,
+    }
+    with open(os.path.join(folder, "manifest.json"), "w") as file:
+        json.dump(manifest, file, indent=2)
+    tokenizer.save(os.path.join(folder, "tokenizer"))
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, value
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ between two configs (as JSON), with both values; None where a key is absent."""
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    return {key: (before.get(key), after.get(key)) for key in sorted(before | after) if before.get(key) != after.get(key)}
+
+
+def check_resume(old: Mapping[str, Any], config: schema.Config) -> list[str]:
+    """Differences between a checkpoint's config and this one, a line each, if the run can go on with them.
+
+    Raises:
+        Refused: a difference makes the checkpoint's arrays meaningless.
+    """
+    changed = differences(old, config.model_dump(mode="json"))
+    lines = {key: f"{key}: {before!r} in the checkpoint, {after!r} now" for key, (before, after) in changed.items()}
+    broken = [line for key, line in lines.items() if f"{key}.".startswith(BREAKING) or key.startswith(BREAKING)]
+    broken = [line for line in broken if not line.startswith(HARMLESS)]
+    if broken:
+        raise Refused(
+            f"{config.run.folder}: its checkpoints belong to another model:\n  "
+            + "\n  ".join(broken)
+            + "\nuse another run.dir, or undo the change"
+        )
+    return [line for key, line in lines.items() if not key.startswith(("run.", "metrics."))]
+
+
+def open_run(folder: str, overrides: tuple[str, ...] = (), report: Any = print) -> tuple[Program, Tokenizer, Any, int]:
+    """The program, tokenizer, model and step of the newest good checkpoint of a run's folder.
+
+    Raises:
+        Refused: the folder is no run, or has no good checkpoint.
+    """
+    path = os.path.join(folder, "config.yml")
+    if not os.path.isfile(path):
+        raise Refused(f"{folder}: no run is here (config.yml is missing)")
+    config = load(path, (f"run.dir={folder}", *overrides)).config
+    mesh.start(config.run, config.mesh)
+    device_mesh = mesh.make_mesh(config.mesh)
+    program = make_program(mesh.resolve(config, device_mesh), Layout(device_mesh, config.mesh.rules))
+    with Checkpointer(os.path.join(folder, "checkpoints"), config.checkpoint) as checkpointer:
+        step = checkpointer.newest_good(report)
+        if step is None:
+            raise Refused(f"{folder}: no good checkpoint is here; train first")
+        state = states.unstack(checkpointer.restore(step, states.stack(program.state)), program.state)
+    return program, load_saved(os.path.join(folder, "tokenizer")), state.model, step

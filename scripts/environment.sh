@@ -1,0 +1,18 @@
+# Sourced by the other scripts: makes .venv with MaxTrain and the extras in $EXTRAS installed, and puts it on PATH.
+# An environment that already has them for this pyproject.toml is used as it is.
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+if [ ! -x .venv/bin/python ]; then
+  for python in python3.13 python3.12 python3.11 python3; do
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
+    python=
+  done
+  [ -n "$python" ] || { echo "Python 3.11 or newer is needed and was not found on PATH" >&2; exit 1; }
+  "$python" -m venv .venv
+fi
+wanted="$(cksum < pyproject.toml) ${EXTRAS:-}"
+if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
+  echo "Installing MaxTrain into .venv ..."
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".${EXTRAS:+[$EXTRAS]}"
+  echo "$wanted" > .venv/installed
+fi
+export PATH="$PWD/.venv/bin:$PATH"

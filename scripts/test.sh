@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Install, check style and types, run the tests. --all adds the long tier (PyTorch parity, TPU compilation, several
+# processes) and what it needs; anything else goes to pytest.
+set -euo pipefail
+EXTRAS=dev
+for argument in "$@"; do [ "$argument" = --all ] && EXTRAS=dev,hf,tpu; done
+source "$(dirname "$0")/environment.sh"
+export JAX_PLATFORMS=cpu
+ruff check .
+ruff format --check .
+mypy
+python -m pytest -q -n "$(nproc)" --dist worksteal --durations=10 "$@"

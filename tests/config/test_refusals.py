@@ -1,0 +1,173 @@
+"""Broken configs, one a row, and what their message must say: the place, the key, the value, the remedy."""
+
+import os
+
+import pytest
+
+from maxtrain.config import Refused, load
+
+BROKEN = [
+    # unknown keys
+    ("train: {step: 5}", "run.yml:1: unknown key train.step; did you mean train.steps?"),
+    ("train:\n  steps: 5\nlearning_rate: 1", "run.yml:3: unknown key learning_rate; did you mean schedule.learning_rate?"),
+    ("optimizer:\n  learning_rate: 1", "run.yml:2: unknown key optimizer.learning_rate; did you mean schedule.learning_rate?"),
+    ("lr: 1", "run.yml:1: unknown key lr; a config has run, model,"),
+    ("mesh: {rules: {embd: fsdp}}", "unknown key mesh.rules.embd; did you mean mesh.rules.embed?"),
+    (
+        "data:\n  sources:\n    web: {kind: text, pth: x}",
+        "run.yml:3: unknown key data.sources.web.pth; did you mean data.sources.web.path?",
+    ),
+    ("train.steps: 5", "run.yml:1: the key train.steps has a dot"),
+    # types, ranges, choices
+    ("train:\n\n  steps: abc", "run.yml:3: train.steps: abc is refused: write a whole number >= 1 (Optimizer steps"),
+    ("train: {steps: 1.5}", "train.steps: 1.5 is refused: write a whole number >= 1"),
+    ("train: {steps: 0}", "train.steps: 0 is refused: write a whole number >= 1"),
+    ("train: {steps: true}", "train.steps: true is refused: write a whole number"),
+    ("train: {steps: '100'}", "train.steps: '100' is refused: write a whole number"),
+    ("train: {steps: }", "train.steps: null is refused: write a whole number"),
+    ("train: {steps: [1, 2]}", "train.steps: [1, 2] is refused"),
+    ("train: {steps: {a: 1}}", "train.steps: {a: 1} is refused"),
+    ("optimizer: {kind: adamv}", "optimizer.kind: adamv is refused: write adamw; did you mean adamw?"),
+    (
+        "optimizer: {decay: [matrx]}",
+        "optimizer.decay: matrx is refused: write a list of matrix, embedding, norm or bias; did you mean matrix?",
+    ),
+    ("optimizer: {b1: 1.5}", "optimizer.b1: 1.5 is refused: write a number >= 0 and <= 1"),
+    ("precision: {compute: bf16}", "precision.compute: bf16 is refused: write float32, bfloat16, float16 or auto; did you mean bfloat16?"),
+    ("run: {name: 3}", "run.name: 3 is refused: write text, in quotes: '3'"),
+    ("run: {name: true}", "run.name: true is refused: write text, in quotes: 'true'"),
+    ("train:", "run.yml:1: train: null is refused: write a section (steps, seed,"),
+    ("train: 5", "train: 5 is refused: write a section (steps, seed,"),
+    ("model: {moe: {mlp: 8, num_experts: 4}}", "model.moe.experts_per_token is missing: write a whole number >= 1"),
+    (
+        "data: {sources: {stdlib: {max_bytes: 9}}}",
+        "sources.stdlib.kind is missing: write stdlib, text, jsonl or synthetic; the default of data.sources is gone",
+    ),
+    ("schedule: {learning_rate: .nan}", "schedule.learning_rate: '.nan' is refused: write a number > 0"),
+    ("schedule: {learning_rate: 1e999}", "schedule.learning_rate: .inf is refused: write a number > 0"),
+    (f"train: {{steps: {'9' * 5000}}}", "train.steps: .inf is refused: write a whole number"),
+    # scalars that YAML 1.1 takes for something else
+    ("checkpoint: {resume: no}", "checkpoint.resume: 'no' is refused: write true or false"),
+    ("checkpoint: {resume: ON}", "checkpoint.resume: 'ON' is refused: write true or false"),
+    ("train: {steps: 1:30}", "train.steps: '1:30' is refused: write a whole number"),
+    ("train: {steps: 010}", "train.steps: '010' is refused: write a whole number"),
+    ("train: {steps: 0x10}", "train.steps: '0x10' is refused: write a whole number"),
+    # keys that do not fit together
+    ("model:\n  embed: 60\n  num_heads: 5", "run.yml:3: model: num_heads=5 is not a multiple of num_kv_heads=2"),
+    ("model:\n  layer_pattern: [local]", "run.yml:2: model: layer_pattern or prefix names ['local']"),
+    (
+        "data:\n  batch_size: 9\ntrain:\n  microbatches: 2",
+        "run.yml:4: train.microbatches: 2 does not divide data.batch_size=9 (data.batch_size: run.yml:2)",
+    ),
+    ("data:\n  length: 4096", "run.yml:2: data.length: 4096 is longer than model.max_length=2048"),
+    ("data:\n  sources: {}", "run.yml:2: data.sources: sources is empty"),
+    ("data:\n  tokenizer:\n    kind: bpe", "run.yml:3: data.tokenizer: kind: bpe needs vocab_size"),
+    ("checkpoint: {best: eval/x/loss}", "checkpoint.best: 'eval/x/loss' is not measured"),
+    ("schedule: {kind: constant, final_fraction: 0.5}", "schedule: kind: constant does not read final_fraction: remove it"),
+    # YAML itself
+    ("train: {steps: 1}\nrun:\n  name: a\n  name: b", "run.yml:4: the key name is set twice, first in line 3"),
+    (
+        "train:\n\tsteps: 1",
+        "run.yml:2: while scanning for the next token, found character '\\t' that cannot start any token (indent with spaces",
+    ),
+    ("train: {steps: 1\nrun:", "while parsing a flow mapping, expected ',' or '}'"),
+    ("a: b: c", "run.yml:1: mapping values are not allowed here"),
+    (
+        "train:\n  steps: !!python/object/apply:os.abort []",
+        "run.yml:2: the tag tag:yaml.org,2002:python/object/apply:os.abort is not supported",
+    ),
+    ("train:\n  steps: !!int '3'", "run.yml:2: the tag tag:yaml.org,2002:int is not supported"),
+    ("train: {steps: !replace 3}", "run.yml:1: !replace must stand before a mapping"),
+    ("a: &x {b: 1}\ntrain:\n  <<: *x", "run.yml:3: the alias *x is not supported (nor are merge keys): share values with include:"),
+    ("a: &x [*x]", "run.yml:1: the alias *x is not supported"),
+    ("? [a]\n: 1", "run.yml:1: a key must be a word"),
+    ("- a\n- b", "run.yml:1: a config is a mapping of sections"),
+    ("# nothing\n", "run.yml:1: the file is empty"),
+    ("", "run.yml:1: the file is empty"),
+    ("train: {steps: 1}\n---\ntrain: {steps: 2}", "run.yml:2: expected a single document in the stream, but found another document"),
+    ("train:\n  steps: \x07", "run.yml:2: the character #x0007 is not allowed in YAML"),
+    ("[" * 5000, "run.yml:1: nested more than 30 levels deep"),
+    (b"run:\n  name: caf\xe9", "run.yml:2: not UTF-8 text"),
+    # includes
+    ("train: {}\ninclude: basis.yml", "run.yml:2: include: basis.yml: No such file or directory; did you mean base.yml?"),
+    ("include: [base.yml, 3]", "run.yml:1: include must be a file name or a list of file names"),
+    ("include:", "run.yml:1: include must be a file name or a list of file names"),
+    ("include: run.yml", "run.yml:1: include: the files include each other in a circle: run.yml -> run.yml"),
+    ("include: there.yml", "there.yml:1: include: the files include each other in a circle: run.yml -> there.yml -> run.yml"),
+    ("include: wrong.yml", "wrong.yml:2: train.steps: abc is refused"),
+    ("include: .", "run.yml:1: include: .: Is a directory"),
+]
+OTHERS = {"base.yml": "train: {seed: 1}", "there.yml": "include: run.yml", "wrong.yml": "train:\n  steps: abc"}
+BROKEN_OVERRIDES = [
+    (["train.steps"], "command line: 'train.steps' sets nothing: write section.key=value"),
+    (["=5"], "command line: '=5' sets nothing"),
+    (["train.step=5"], "command line: unknown key train.step; did you mean train.steps?"),
+    (["train.steps=x"], "command line: train.steps: x is refused: write a whole number >= 1"),
+    (["train.steps="], "command line: train.steps: null is refused"),
+    (["train.steps=["], "(in train.steps=[)"),
+    (["train.steps=!!int 3"], "command line: the tag tag:yaml.org,2002:int is not supported: only !replace is (in train.steps=!!int 3)"),
+    (["train.steps=3", "train.steps=4"], "command line: train.steps is set twice"),
+    (["run.name=null"], "command line: run.name: null is refused: write text"),
+    (["data.length=4096"], "command line: data.length: 4096 is longer than model.max_length=2048"),
+    (["model.layer_pattern=layer"], "command line: model.layer_pattern: layer is refused: write a list of text"),
+    (["train..steps=3"], "command line: unknown key train."),
+]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    for name, text in OTHERS.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(("text", "message"), BROKEN, ids=range(len(BROKEN)))
+def test_broken_file_is_refused(folder, text, message):
+    (folder / "run.yml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(Refused) as refusal:
+        load("run.yml")
+    assert message in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(("overrides", "message"), BROKEN_OVERRIDES, ids=range(len(BROKEN_OVERRIDES)))
+def test_broken_override_is_refused(overrides, message):
+    with pytest.raises(Refused) as refusal:
+        load(None, overrides)
+    assert message in str(refusal.value)
+
+
+def test_all_problems_are_reported_at_once(folder):
+    (folder / "run.yml").write_text("include: wrong.yml\nlr: 1\nmodel:\n  num_heads: 3\noptimizer: {b1: 2, b2: x}\n")
+    with pytest.raises(Refused) as refusal:
+        load("run.yml", ["run.nam=x"])
+    starts = [line.split(": ")[0] for line in str(refusal.value).splitlines()]
+    assert sorted(starts) == ["command line", "run.yml:2", "run.yml:4", "run.yml:5", "run.yml:5", "wrong.yml:2"]
+
+
+def test_all_clashes_between_sections_are_reported_at_once():
+    with pytest.raises(Refused) as refusal:
+        load(None, ["train.microbatches=3", "data.length=4096", "schedule.warmup_steps=200"])
+    assert [line.split(": ")[1] for line in str(refusal.value).splitlines()] == [
+        "train.microbatches",
+        "data.length",
+        "schedule.warmup_steps",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"), [("bse.yml", "did you mean base.yml?"), (".", "Is a directory"), ("no/x.yml", "No such file")]
+)
+def test_path_that_is_no_file_is_refused(folder, path, message):
+    with pytest.raises(Refused) as refusal:
+        load(path)
+    assert str(refusal.value).startswith(f"{path}: ")
+    assert message in str(refusal.value)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_unreadable_file_is_refused(folder):
+    (folder / "base.yml").chmod(0)
+    with pytest.raises(Refused, match=r"base.yml: Permission denied"):
+        load("base.yml")

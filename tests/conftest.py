@@ -1,0 +1,25 @@
+"""Eight simulated CPU devices for the whole suite, and a compilation cache so that equal programs compile once."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import pytest
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="run the long tier too")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--all"):
+        kept = [item for item in items if "slow" not in item.keywords]
+        config.hook.pytest_deselected(items=[item for item in items if "slow" in item.keywords])
+        items[:] = kept
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory):
+    """A folder for prepared data, shared by the tests of one worker."""
+    return str(tmp_path_factory.mktemp("cache"))
