@@ -1,0 +1,48 @@
+"""The long tier: the train step compiles ahead of time for a TPU topology with libtpu; nothing is executed."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.slow
+ROOT = pathlib.Path(__file__).parents[2]
+CODE = """
+import json, sys
+from jax.experimental import topologies
+from maxtrain.config import load
+from maxtrain.parallel import mesh
+from maxtrain.parallel.sharding import Layout, parameter_table
+from maxtrain.training.program import make_program
+
+config = load(sys.argv[1], ["data.batch_size=8", "data.length=128"]).config
+devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+device_mesh = mesh.make_mesh(config.mesh, devices)
+program = make_program(mesh.resolve(config, device_mesh), Layout(device_mesh, config.mesh.rules))
+compiled = program.lower_step().compile()
+text = compiled.as_text()
+print(json.dumps({
+    "compute": program.config.precision.compute, "layers": program.config.model.layers, "devices": len(devices),
+    "arguments": compiled.memory_analysis().argument_size_in_bytes,
+    "parameters": sum(p.size for p in parameter_table(program.state.model).values()),
+    "gathers": text.count("all-gather"), "barriers": text.count("opt-barrier"),
+}))
+"""
+
+
+@pytest.mark.parametrize("preset", ["llama-tiny", "mixtral-tiny"])
+def test_step_compiles_for_v5e(preset):
+    pytest.importorskip("libtpu")
+    command = [sys.executable, "-c", CODE, f"configs/models/{preset}.yml"]
+    import os
+
+    env = {**os.environ, "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert (found["compute"], found["layers"], found["devices"]) == ("bfloat16", "scan", 4)
+    # parameters and two moments in float32, split over 4 devices; the rest is the batch and the small replicated norms
+    assert found["arguments"] == pytest.approx(12 * found["parameters"] / 4, rel=0.15)
+    assert found["gathers"] > 0
