@@ -67,7 +67,7 @@ class Run(Section):
 
 
 MeshAxis = Literal["data", "fsdp"]
-LogicalAxis = Literal["batch", "length", "vocab", "embed", "mlp", "heads", "kv_heads", "head", "expert", "layers", "norm"]
+LogicalAxis = Literal["batch", "length", "vocab", "embed", "mlp", "heads", "kv_heads", "expert", "layers", "norm"]
 Axes = Annotated[tuple[MeshAxis, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else freeze(v))]
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import jax
 from flax import nnx
 
@@ -14,11 +12,9 @@ from maxtrain.ops.norm import rms_norm
 from maxtrain.parallel.sharding import param
 
 
-def matmul(x: jax.Array, weight: nnx.Param, num_contracted: int = 1) -> jax.Array:
-    """x [..., *in] times weight [*in, *out] -> [..., *out], in the format of x; `num_contracted` is the number of `in` axes."""
-    w, rows = weight.get_value(), x.shape[: x.ndim - num_contracted]
-    matrix = w.astype(x.dtype).reshape(math.prod(w.shape[:num_contracted]), -1)
-    return linear(x.reshape(*rows, -1), matrix).reshape(*rows, *w.shape[num_contracted:])
+def matmul(x: jax.Array, weight: nnx.Param) -> jax.Array:
+    """x [..., in] times weight [in, out] -> [..., out], in the format of x."""
+    return linear(x, weight.get_value().astype(x.dtype))
 
 
 class RmsNorm(nnx.Module):

@@ -91,7 +91,7 @@ def reference(cfg, weights, tokens, positions, segments):
         w = {key[len(path) + 1 :]: value for key, value in weights.items() if key.startswith(path + "/")}
         slot = cfg.slots[name]
         h = norm(x, w["attention_norm/scale"], cfg.norm_eps)
-        q, k, v = (np.einsum("le,ehd->lhd", h, w[f"attention/{n}"]) for n in "qkv")
+        q, k, v = ((h @ w[f"attention/{n}"]).reshape(len(h), -1, cfg.head_width) for n in "qkv")
         angles = slot.rope or cfg.rope
         q, k = rotated(q, positions, angles), rotated(k, positions, angles)
         out = np.zeros_like(q)
@@ -100,7 +100,7 @@ def reference(cfg, weights, tokens, positions, segments):
             for head in range(cfg.num_heads):
                 kv = head * cfg.num_kv_heads // cfg.num_heads
                 out[i, head] = softmax(k[keys, kv] @ q[i, head] / np.sqrt(cfg.head_width)) @ v[keys, kv]
-        x = x + np.einsum("lhd,hde->le", out, w["attention/out"])
+        x = x + out.reshape(len(h), -1) @ w["attention/out"]
         h = norm(x, w["feed_forward_norm/scale"], cfg.norm_eps)
         gate, up, down = (w[f"feed_forward/{n}"] for n in ("gate", "up", "down"))
         if slot.feed_forward == "dense":

@@ -59,8 +59,7 @@ def their_array(name, tensors, cfg):
     if part in norms:
         return tensors[prefix + norms[part]]
     if part.startswith("attention/"):
-        weight = tensors[f"{prefix}self_attn.{part[-1] if part[-1] in 'qkv' else 'o'}_proj.weight"].T
-        return weight.reshape((-1, cfg.head_width, cfg.embed) if part.endswith("out") else (cfg.embed, -1, cfg.head_width))
+        return tensors[f"{prefix}self_attn.{part[-1] if part[-1] in 'qkv' else 'o'}_proj.weight"].T
     key = part.split("/")[1]
     if cfg.moe is None:
         return tensors[f"{prefix}mlp.{key}_proj.weight"].T

@@ -1,6 +1,7 @@
 """The long tier: the train step compiles ahead of time for a TPU topology with libtpu; nothing is executed."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from maxtrain.parallel import mesh
 from maxtrain.parallel.sharding import Layout, parameter_table
 from maxtrain.training.program import make_program
 
-config = load(sys.argv[1], ["data.batch_size=8", "data.length=128"]).config
+config = load(sys.argv[1], ["data.batch_size=8", "data.length=128", "model.embed=512", *sys.argv[2:]]).config
 devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
 device_mesh = mesh.make_mesh(config.mesh, devices)
 program = make_program(mesh.resolve(config, device_mesh), Layout(device_mesh, config.mesh.rules))
@@ -32,11 +33,11 @@ print(json.dumps({
 """
 
 
-@pytest.mark.parametrize("preset", ["llama-tiny", "mixtral-tiny"])
-def test_step_compiles_for_v5e(preset):
+@pytest.mark.parametrize(("preset", "wider"), [("llama-tiny", "model.mlp=1024"), ("mixtral-tiny", "model.moe.mlp=512")])
+def test_step_compiles_for_v5e(preset, wider):
+    """The miniatures are widened to whole TPU tiles, so that bytes can be compared with the count of parameters."""
     pytest.importorskip("libtpu")
-    command = [sys.executable, "-c", CODE, f"configs/models/{preset}.yml"]
-    import os
+    command = [sys.executable, "-c", CODE, f"configs/models/{preset}.yml", wider]
 
     env = {**os.environ, "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=500)
