@@ -8,6 +8,7 @@ Both train in float32 with AdamW on the same random tokens.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
@@ -142,6 +143,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--worker", choices=list(TRAINERS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     for shape in arguments.shapes.split(","):
         if arguments.worker:
             work(arguments.worker, shape)

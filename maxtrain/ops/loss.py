@@ -7,10 +7,12 @@ gradients together: three products with the head instead of the four of recomput
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from maxtrain.ops.linear import settle
 from maxtrain.parallel.sharding import per_batch_shard
 
 
@@ -34,39 +36,65 @@ def cross_entropy(
 
 
 def _chunks(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """[batch, length, ...] -> [length / chunk, batch, chunk, ...]."""
-    return tuple(jnp.moveaxis(a.reshape(a.shape[0], -1, chunk, *a.shape[2:]), 1, 0) for a in arrays)
+    """[batch, length, ...] -> [length / chunk, batch * chunk, ...]."""
+    batch = arrays[0].shape[0]
+    return tuple(jnp.moveaxis(a.reshape(batch, -1, chunk, *a.shape[2:]), 1, 0).reshape(-1, batch * chunk, *a.shape[2:]) for a in arrays)
 
 
-def _chunk_loss(z_loss: float, x: jax.Array, target: jax.Array, weight: jax.Array, head: jax.Array) -> tuple[jax.Array, ...]:
-    """Loss and cross-entropy of each sequence of one chunk, with what the gradient needs: logits and their logsumexp."""
-    logits = jnp.einsum("bce,ve->bcv", x, head, preferred_element_type=jnp.float32)
-    lse = jax.nn.logsumexp(logits, axis=-1)
-    ce = lse - jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
-    return jnp.sum(weight * (ce + z_loss * lse**2)), jnp.sum(weight * ce, axis=1), logits, lse
+class _Chunk(NamedTuple):
+    """Softmax of one chunk of rows: exp(logits - top) [rows, vocab], its sum and the rows' losses [rows, 1]."""
+
+    exponentials: jax.Array
+    total: jax.Array
+    log_sum: jax.Array
+    cross_entropy: jax.Array
+
+
+def _softmax(x: jax.Array, target: jax.Array, head: jax.Array) -> _Chunk:
+    logits = settle(jnp.einsum("re,ve->rv", x, head, preferred_element_type=jnp.float32))
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    exponentials = settle(jnp.exp(logits - top))
+    total = jnp.sum(exponentials, axis=-1, keepdims=True)
+    log_sum = top + jnp.log(total)
+    return _Chunk(exponentials, total, log_sum, log_sum - jnp.take_along_axis(logits, target[:, None], axis=-1))
+
+
+def _sequences(batch: int, losses: jax.Array) -> jax.Array:
+    """Sum over each sequence, [batch], of losses [chunks, batch * chunk]."""
+    return losses.reshape(losses.shape[0], batch, -1).sum(axis=(0, 2))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _sums(z_loss: float, chunk: int, hidden: jax.Array, targets: jax.Array, weights: jax.Array, head: jax.Array):
     """Total loss [1] and cross-entropy of each sequence [batch], over the local rows."""
-    parts = jax.lax.map(lambda part: _chunk_loss(z_loss, part[0], part[1], part[2], head)[:2], _chunks(chunk, hidden, targets, weights))
-    return parts[0].sum()[None], parts[1].sum(axis=0)
+
+    def one(part: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        x, target, weight = part
+        found = _softmax(x, target, head)
+        ce = weight * found.cross_entropy[:, 0]
+        return ce.sum() + z_loss * jnp.sum(weight * found.log_sum[:, 0] ** 2), ce
+
+    total, ce = jax.lax.map(one, _chunks(chunk, hidden, targets, weights))
+    return total.sum()[None], _sequences(hidden.shape[0], ce)
 
 
 def _forward(z_loss: float, chunk: int, hidden: jax.Array, targets: jax.Array, weights: jax.Array, head: jax.Array):
-    def one(d_head: jax.Array, part: tuple[jax.Array, ...]):
-        x, target, weight = part
-        loss, ce, logits, lse = _chunk_loss(z_loss, x, target, weight, head)
-        slope = (weight * (1 + 2 * z_loss * lse))[..., None]
-        hit = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == target[..., None]
-        d_logits = (jnp.exp(logits - lse[..., None]) * slope - jnp.where(hit, weight[..., None], 0.0)).astype(x.dtype)
-        d_x = jnp.einsum("bcv,ve->bce", d_logits, head)
-        d_head += jnp.einsum("bcv,bce->ve", d_logits, x, preferred_element_type=jnp.float32)
-        return d_head, (loss, ce, d_x)
+    vocab, embed = head.shape
 
-    d_head, (loss, ce, d_x) = jax.lax.scan(one, jnp.zeros(head.shape, jnp.float32), _chunks(chunk, hidden, targets, weights))
-    d_hidden = jnp.moveaxis(d_x, 0, 1).reshape(hidden.shape)
-    return (loss.sum()[None], ce.sum(axis=0)), (d_hidden, d_head.astype(head.dtype))
+    def one(d_head: jax.Array, part: tuple[jax.Array, ...]):
+        x, target, weight = part[0], part[1], part[2][:, None]
+        found = _softmax(x, target, head)
+        loss = jnp.sum(weight * (found.cross_entropy + z_loss * found.log_sum**2))
+        slope = weight * (1 + 2 * z_loss * found.log_sum) / found.total
+        hit = jnp.arange(vocab) == target[:, None]
+        d_logits = settle((found.exponentials * slope - jnp.where(hit, weight, 0.0)).astype(x.dtype))
+        # [embed, vocab]: the narrow operand on the left, see ops/linear.py
+        d_head += settle(jnp.einsum("re,rv->ev", x, d_logits, preferred_element_type=jnp.float32))
+        return d_head, (loss, (weight * found.cross_entropy)[:, 0], d_logits @ head)
+
+    d_head, (loss, ce, d_x) = jax.lax.scan(one, jnp.zeros((embed, vocab), jnp.float32), _chunks(chunk, hidden, targets, weights))
+    d_hidden = jnp.moveaxis(d_x.reshape(-1, hidden.shape[0], chunk, embed), 0, 1).reshape(hidden.shape)
+    return (loss.sum()[None], _sequences(hidden.shape[0], ce)), (d_hidden, d_head.astype(head.dtype).T)
 
 
 def _backward(z_loss: float, chunk: int, saved: tuple[jax.Array, jax.Array], cotangents: tuple[jax.Array, jax.Array]):
