@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -97,29 +98,40 @@ def _stacked_sharding(sharding: Any) -> Any:
     return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(None, *sharding.spec))
 
 
+@partial(jax.jit, static_argnums=1)
+def _stack(groups: dict[str, list[jax.Array]], targets: tuple[tuple[str, Any], ...]) -> dict[str, jax.Array]:
+    """One array for each group of layers; compiled once for all of a state."""
+    return {name: jax.lax.with_sharding_constraint(jnp.stack(groups[name]), target) for name, target in targets}
+
+
+@partial(jax.jit, static_argnums=1)
+def _unstack(stacks: dict[str, jax.Array], targets: tuple[tuple[str, str, int, Any], ...]) -> dict[str, jax.Array]:
+    """The layers' own arrays out of the stacks: (name, stack, index, sharding) each."""
+    return {name: jax.lax.with_sharding_constraint(stacks[stack][index], target) for name, stack, index, target in targets}
+
+
 def stack(state: TrainState) -> dict[str, Any]:
     """The arrays (or, for an abstract state, their descriptions) of a checkpoint as nested dicts, layers stacked."""
-    flat, nested = _flat(state), dict[str, Any]()
-    for name, members in _groups(flat).items():
-        leaves = [flat[member] for member in members]
-        if members == [name]:
-            value = leaves[0]
-        elif isinstance(leaves[0], jax.ShapeDtypeStruct):
-            shape = (len(leaves), *leaves[0].shape)
-            value = jax.ShapeDtypeStruct(shape, leaves[0].dtype, sharding=_stacked_sharding(leaves[0].sharding))
-        else:
-            value = jax.jit(lambda *xs: jnp.stack(xs), out_shardings=_stacked_sharding(leaves[0].sharding))(*leaves)
+    flat = _flat(state)
+    groups = {name: [flat[member] for member in members] for name, members in _groups(flat).items() if members != [name]}
+    targets = {name: _stacked_sharding(leaves[0].sharding) for name, leaves in groups.items()}
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in flat.values()):
+        stacked = {n: jax.ShapeDtypeStruct((len(g), *g[0].shape), g[0].dtype, sharding=targets[n]) for n, g in groups.items()}
+    else:
+        stacked = _stack(groups, tuple(targets.items()))
+    nested: dict[str, Any] = {}
+    for name in _groups(flat):
         *folders, last = name.split("/")
-        place: dict[str, Any] = nested
+        place = nested
         for folder in folders:
             place = place.setdefault(folder, {})
-        place[last] = value
+        place[last] = stacked[name] if name in stacked else flat[name]
     return nested
 
 
 def unstack(arrays: dict[str, Any], like: TrainState) -> TrainState:
     """The inverse of `stack`: a state shaped and laid out like the abstract `like`."""
-    target, flat = _flat(like), {}
+    target, flat, stacks, parts = _flat(like), dict[str, Any](), dict[str, Any](), []
     for name, members in _groups(target).items():
         value: Any = arrays
         for part in name.split("/"):
@@ -127,7 +139,7 @@ def unstack(arrays: dict[str, Any], like: TrainState) -> TrainState:
         if members == [name]:
             flat[name] = value
         else:
-            out = tuple(target[member].sharding for member in members)
-            parts = jax.jit(lambda x: tuple(x), out_shardings=out)(value)
-            flat.update(zip(members, parts, strict=True))
+            stacks[name] = value
+            parts += [(member, name, index, target[member].sharding) for index, member in enumerate(members)]
+    flat |= _unstack(stacks, tuple(parts))
     return jax.tree.unflatten(jax.tree.structure(like), [flat[name] for name in target])
