@@ -1,9 +1,17 @@
 """Eight simulated CPU devices for the whole suite, and a compilation cache so that equal programs compile once."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+if "MAXTRAIN_TEST_CACHE" not in os.environ:  # the workers of xdist and the processes that tests start inherit it
+    os.environ["MAXTRAIN_TEST_CACHE"] = tempfile.mkdtemp(prefix="maxtrain-xla-")
+    atexit.register(shutil.rmtree, os.environ["MAXTRAIN_TEST_CACHE"], ignore_errors=True)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["MAXTRAIN_TEST_CACHE"]
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import pytest
 

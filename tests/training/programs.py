@@ -1,0 +1,82 @@
+"""Tiny programs and batches for the tests of this folder."""
+
+import functools
+
+import jax
+import numpy as np
+
+from maxtrain.config import schema
+from maxtrain.parallel import mesh
+from maxtrain.parallel.sharding import Layout
+from maxtrain.training import state as states
+from maxtrain.training.program import make_program, put_batch
+
+MOE = {"slots": {"layer": schema.Slot(feed_forward="moe")}}
+EXPERTS = {"num_experts": 4, "experts_per_token": 2, "mlp": 40}
+MODELS = {
+    "dense": schema.Model(embed=32, mlp=64),
+    "dropless": schema.Model(embed=32, moe=schema.Moe(**EXPERTS), **MOE),
+    "capacity": schema.Model(embed=32, moe=schema.Moe(**EXPERTS, dispatch="capacity"), **MOE),
+}
+BATCH, LENGTH = 8, 48
+
+
+def make_config(model="dense", *, data=1, fsdp=1, steps=20, microbatches=1, **sections):
+    """A config of a tiny run on data x fsdp devices."""
+    defaults = {
+        "model": MODELS[model] if isinstance(model, str) else model,
+        "mesh": schema.Mesh(data=data, fsdp=fsdp),
+        "data": schema.Data(batch_size=BATCH, length=LENGTH),
+        "train": schema.Train(steps=steps, microbatches=microbatches, loss_chunk=20, z_loss=1e-4),
+        "schedule": schema.Schedule(learning_rate=1e-3, warmup_steps=4),
+    }
+    return schema.Config(**(defaults | sections))
+
+
+def build(config, num_sources=1, loss_fn=None):
+    """The program of a config on as many of the simulated devices as its mesh names."""
+    device_mesh = mesh.make_mesh(config.mesh, jax.devices()[: config.mesh.data * config.mesh.fsdp])
+    return make_program(mesh.resolve(config, device_mesh), Layout(device_mesh, config.mesh.rules), num_sources, loss_fn)
+
+
+@functools.cache
+def batches(count, seed=0):
+    """Batches of varied text-like tokens: two documents a row, a fifth of the positions without weight."""
+    rng, found = np.random.default_rng(seed), []
+    positions = np.tile(np.concatenate([np.arange(LENGTH - 20), np.arange(20)]), (BATCH, 1)).astype(np.int32)
+    segments = np.tile(np.repeat([1, 2], [LENGTH - 20, 20]), (BATCH, 1)).astype(np.int32)
+    for _ in range(count):
+        tokens = (rng.integers(0, 250, (BATCH, LENGTH + 1)) ** 2 // 250).astype(np.int32)  # low ids are frequent
+        weights = (rng.random((BATCH, LENGTH)) < 0.8).astype(np.float32)
+        found.append(
+            {
+                "tokens": tokens[:, :-1],
+                "targets": tokens[:, 1:],
+                "positions": positions,
+                "segments": segments,
+                "weights": weights,
+                "source": (np.arange(BATCH, dtype=np.int32) % 2),
+            }
+        )
+    return found
+
+
+def run(program, given, state=None):
+    """Metrics of one step for each batch, and the state after them."""
+    step, spec = program.lower_step().compile(), program.batch(BATCH, LENGTH)
+    state = states.create(program.init, 0, program.layout) if state is None else state
+    rows = []
+    for batch in given:
+        state, metrics = step(state, put_batch(batch, spec, list(range(BATCH))))
+        rows.append(jax.device_get(metrics))
+    return rows, state
+
+
+def losses(rows):
+    """Mean loss of each step."""
+    return np.array([row["loss"] / row["tokens"] for row in rows])
+
+
+def norms(rows):
+    """Gradient norm of each step."""
+    return np.array([row["grad_norm"] for row in rows])

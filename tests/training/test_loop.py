@@ -1,0 +1,325 @@
+"""The loop: what a run's folder holds, and that a run is the same whatever interrupts it."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maxtrain.config import load
+from maxtrain.config.errors import Refused
+from maxtrain.data.pipeline import TrainData
+from maxtrain.data.tokenizer import ByteTokenizer
+from maxtrain.training.loop import Diverged, Hook, Stopped, Trainer
+from maxtrain.training.step import next_token_loss
+
+TINY = Path(__file__).parents[1] / "tiny.yml"
+CONTRACT = {"step", "loss", "tokens", "tokens_per_second", "mfu", "grad_norm", "lr", "param_norm", "step_seconds", "data_seconds"}
+CONTRACT |= {"compute_seconds", "checkpoint_seconds", "memory_peak_bytes", "goodput", "tflops_per_second", "skipped"}
+
+
+def make(folder, cache_dir, *overrides):
+    return load(TINY, [f"run.dir={folder}", f"data.cache_dir={cache_dir}", *overrides]).config
+
+
+def read(folder):
+    """The rows of metrics.jsonl: of steps, of evaluations, and the events."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "loss" in row]
+    return steps, [row for row in rows if "eval/held/loss" in row], [row["event"] for row in rows if "event" in row]
+
+
+def losses(folder):
+    """Step and loss of every row, which stand for a run being the same bit for bit."""
+    steps, evals, _ = read(folder)
+    return [(row["step"], row["loss"], row["grad_norm"], row["tokens"]) for row in steps], [row["eval/held/loss"] for row in evals]
+
+
+class At(Hook):
+    """Does something when the numbers of a step have arrived."""
+
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_step(self, trainer, row):
+        if row["step"] == self.step:
+            self.action()
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def crash():
+    raise ZeroDivisionError
+
+
+class Diary(Hook):
+    def __init__(self):
+        self.calls = []
+
+    def on_start(self, trainer):
+        self.calls.append("start")
+
+    def on_step(self, trainer, row):
+        self.calls.append(row["step"])
+        row["noted"] = row["step"] ** 2
+
+    def on_eval(self, trainer, row):
+        self.calls.append(f"eval {int(trainer.state.step)}")
+
+    def on_end(self, trainer):
+        self.calls.append("end")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, cache_dir):
+    """An uninterrupted run with everything switched on: its trainer and folder."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    diary = Diary()
+    trainer = Trainer(make(folder, cache_dir, "metrics.sinks=[console, jsonl, tensorboard]"), hooks=[diary])
+    trainer.fit()
+    return trainer, folder, diary
+
+
+def test_metrics_keep_the_contract(whole):
+    _, folder, _ = whole
+    steps, evals, events = read(folder)
+    assert [row["step"] for row in steps] == list(range(1, 21))
+    assert all(row.keys() >= CONTRACT for row in steps)
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert np.diff([0, *(row["tokens"] for row in steps)]).max() <= 8 * 32
+    assert "compile_seconds" in steps[0]
+    assert [row["step"] for row in evals] == [5, 10, 15, 20]
+    for row in evals:
+        assert row["eval/held/perplexity"] == pytest.approx(np.exp(row["eval/held/loss"]))
+        assert 0 < row["eval/held/bits_per_byte"]
+    assert not events
+    assert list((folder / "tensorboard").glob("events*"))
+
+
+def test_losses_and_tokens_of_the_sources_add_up(whole):
+    steps, _, _ = read(whole[1])
+    for before, row in zip([{"tokens": 0}, *steps], steps, strict=False):
+        counts = [row[f"tokens/{name}"] for name in ("long", "short")]
+        assert sum(counts) == row["tokens"] - before["tokens"]
+        mean = sum(row[f"loss/{name}"] * count for name, count in zip(("long", "short"), counts, strict=True)) / sum(counts)
+        assert mean == pytest.approx(row["loss"], rel=1e-6)
+
+
+def test_folder_describes_the_run(whole):
+    trainer, folder, _ = whole
+    assert load(folder / "config.yml").config == trainer.config
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert {"git", "versions", "flags", "command", "devices"} <= manifest.keys()
+    assert manifest["versions"]["jax"] == jax.__version__
+    assert manifest["devices"]["count"] == 8
+    assert manifest["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(trainer.state.model))
+    assert (folder / "tokenizer" / "tokenizer.json").exists()
+
+
+def test_checkpoints_carry_the_metrics_that_best_reads(whole):
+    _, folder, _ = whole
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"15", "20"}
+    record = json.loads((folder / "checkpoints" / "15" / "record.json").read_text())
+    assert record["metrics"]["eval/held/loss"] == read(folder)[1][2]["eval/held/loss"]
+    assert (record["meta"]["step"], record["meta"]["data_step"]) == (15, 15)
+
+
+def test_hooks_see_the_run_and_may_add_to_its_rows(whole):
+    _, folder, diary = whole
+    assert [call for call in diary.calls if isinstance(call, int)] == list(range(1, 21))
+    assert [diary.calls[0], diary.calls[-1]] == ["start", "end"]
+    assert [call for call in diary.calls if str(call).startswith("eval")] == ["eval 5", "eval 10", "eval 15", "eval 20"]
+    assert read(folder)[0][3]["noted"] == 16
+
+
+# ---------------------------------------------------------------------------------------------------- interruptions
+
+
+def test_a_signal_saves_and_the_same_command_goes_on(whole, tmp_path, cache_dir):
+    config = make(tmp_path, cache_dir)
+    with pytest.raises(Stopped):
+        Trainer(config, hooks=[At(7, terminate)]).fit()
+    steps, _, events = read(tmp_path)
+    assert 7 <= len(steps) < 10
+    assert events == ["stopped by SIGTERM, saved; the same command goes on from here"]
+    trainer = Trainer(config)
+    trainer.fit()
+    assert losses(tmp_path) == losses(whole[1])
+    assert read(tmp_path)[2][1:] == [f"resumed from the checkpoint of step {len(steps)}"]
+    for a, b in zip(jax.tree.leaves(trainer.state), jax.tree.leaves(whole[0].state), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_crash_costs_the_steps_since_the_last_checkpoint_only(whole, tmp_path, cache_dir):
+    config = make(tmp_path, cache_dir)
+    with pytest.raises(ZeroDivisionError):
+        Trainer(config, hooks=[At(13, crash)]).fit()
+    assert [row["step"] for row in read(tmp_path)[0]] == list(range(1, 13))
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 13, "loss": 3.')  # as a kill may leave it
+    diary = Diary()
+    Trainer(config, hooks=[diary]).fit()
+    assert diary.calls[1] == 11
+    assert losses(tmp_path) == losses(whole[1])
+
+
+def test_a_finished_run_has_nothing_left_to_do(whole, tmp_path, cache_dir):
+    shutil.copytree(whole[1], tmp_path / "run")
+    diary = Diary()
+    Trainer(make(tmp_path / "run", cache_dir), hooks=[diary]).fit()
+    assert diary.calls == ["start", "end"]
+    assert losses(tmp_path / "run") == losses(whole[1])
+
+
+@pytest.mark.parametrize("harm", ["flipped", "truncated", "missing"])
+def test_damaged_checkpoints_are_found_and_the_one_before_is_used(whole, tmp_path, cache_dir, harm):
+    shutil.copytree(whole[1], tmp_path / "run")
+    victim = max((tmp_path / "run" / "checkpoints" / "20" / "arrays").rglob("d/*"), key=lambda path: path.stat().st_size)
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 4
+    match harm:
+        case "flipped":
+            victim.write_bytes(data)
+        case "truncated":
+            victim.write_bytes(data[:-1])
+        case "missing":
+            victim.unlink()
+    diary = Diary()
+    Trainer(make(tmp_path / "run", cache_dir), hooks=[diary]).fit()
+    assert diary.calls[1] == 16
+    assert losses(tmp_path / "run") == losses(whole[1])
+    _, _, events = read(tmp_path / "run")
+    assert "resumed from the checkpoint of step 15" in events
+    assert any("checkpoints/20" in event and victim.name in event for event in events)
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory, cache_dir):
+    """A run that crashed behind step 10."""
+    folder = tmp_path_factory.mktemp("half")
+    with pytest.raises(ZeroDivisionError):
+        Trainer(make(folder, cache_dir), hooks=[At(11, crash)]).fit()
+    return folder
+
+
+def test_a_run_goes_on_on_another_mesh(whole, half, tmp_path, cache_dir):
+    shutil.copytree(half, tmp_path / "run")
+    Trainer(make(tmp_path / "run", cache_dir, "mesh.data=4", "mesh.fsdp=2")).fit()
+    (found, evals), (wanted, wanted_evals) = losses(tmp_path / "run"), losses(whole[1])
+    assert found[:10] == wanted[:10]
+    np.testing.assert_allclose([row[1] for row in found], [row[1] for row in wanted], rtol=1e-5)
+    np.testing.assert_allclose([row[2] for row in found], [row[2] for row in wanted], rtol=1e-4)
+    np.testing.assert_allclose(evals, wanted_evals, rtol=1e-5)
+    assert "mesh.data: 1 in the checkpoint, 4 now" in read(tmp_path / "run")[2][0]
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ("model.mlp=64", "model.mlp: 48 in the checkpoint, 64 now"),
+        ("precision.moments=bfloat16", "precision.moments: 'float32' in the checkpoint, 'bfloat16' now"),
+        ("guard.window=16", "guard.window: 128 in the checkpoint, 16 now"),
+    ],
+)
+def test_a_change_that_breaks_the_model_is_refused(half, cache_dir, change, difference):
+    before = {path: path.read_bytes() for path in half.rglob("*") if path.is_file()}
+    with pytest.raises(Refused, match=difference):
+        Trainer(make(half, cache_dir, change)).fit()
+    assert {path: path.read_bytes() for path in half.rglob("*") if path.is_file()} == before
+
+
+def test_a_harmless_change_is_told_and_taken(half, tmp_path, cache_dir):
+    shutil.copytree(half, tmp_path / "run")
+    changes = ["optimizer.weight_decay=0.2", "model.layers=scan", "train.steps=12", "data.sources.long.weight=2"]
+    trainer = Trainer(make(tmp_path / "run", cache_dir, *changes))
+    trainer.fit()
+    steps, _, (event,) = read(tmp_path / "run")
+    assert len(steps) == 12
+    assert "optimizer.weight_decay: 0.1 in the checkpoint, 0.2 now" in event
+    assert "the training data has changed" in event
+    assert load(tmp_path / "run" / "config.yml").config == trainer.config
+
+
+def test_a_folder_in_use_is_refused_when_a_new_run_is_wanted(half, cache_dir):
+    with pytest.raises(Refused, match=r"checkpoint\.resume is false"):
+        Trainer(make(half, cache_dir, "checkpoint.resume=false")).fit()
+
+
+# -------------------------------------------------------------------------------------------------------- bad steps
+
+
+def poisoned(config, bad):
+    """The loss of the config, not a number for the batches of `bad`."""
+    data = TrainData(config.data, config.train.seed, ByteTokenizer())
+    marks = jnp.array([data.batch(step, range(8))["tokens"].sum() for step in bad])
+    plain = next_token_loss(config, 2)
+
+    def loss_fn(model, batch):
+        total, sums = plain(model, batch)
+        factor = jnp.where((batch["tokens"].sum() == marks).any(), jnp.nan, 1.0)
+        return total * factor, sums | {"loss": sums["loss"] * factor}
+
+    return loss_fn, data
+
+
+def resolved(config):
+    return config.model_copy(update={"precision": config.precision.model_copy(update={"compute": "float32"})})
+
+
+def test_bad_steps_are_skipped_then_left_behind(whole, tmp_path, cache_dir):
+    """Batches 2, and 5 to 8, are bad: the first is skipped; the third in a row of the others, step 8, takes the run back to step 5."""
+    profile = ["metrics.profile.start=6", "metrics.profile.steps=6"]
+    config = make(tmp_path, cache_dir, "guard.max_skipped=3", *profile)
+    loss_fn, data = poisoned(resolved(config), [2, 5, 6, 7, 8])
+    trainer = Trainer(config, loss_fn=loss_fn)
+    state = trainer.fit()
+    steps, evals, events = read(tmp_path)
+    assert events == [
+        "rolled back from step 8 to step 5 after 3 skipped steps in a row; batches 5 to 7 are skipped for good (rollback 1 of 3)"
+    ]
+    assert [row["step"] for row in steps] == list(range(1, 21))
+    assert [row["step"] for row in steps if row["skipped"]] == [3, 6]
+    assert steps[2]["loss"] is None
+    assert steps[1]["loss"] == pytest.approx(losses(whole[1])[0][1][1], rel=1e-6)
+    used = [*range(5), *range(8, 23)]
+    counted = np.cumsum([int(data.batch(step, range(8))["weights"].sum()) for step in used])
+    assert [row["tokens"] for row in steps] == counted.tolist()
+    assert (int(state.step), int(state.data_step), int(state.guard.counted)) == (20, 23, 18)
+    assert [row["step"] for row in evals] == [5, 10, 15, 20]
+    assert json.loads((tmp_path / "checkpoints" / "20" / "record.json").read_text())["meta"]["rollbacks"] == 1
+    assert list((tmp_path / "tensorboard").rglob("*.xplane.pb"))
+
+
+def test_the_count_of_skipped_steps_begins_anew_after_a_rollback(tmp_path, cache_dir):
+    """The checkpoint of step 5 was made within a row of bad steps; batch 6 alone must not send the run back again."""
+    config = make(tmp_path, cache_dir, "guard.max_skipped=3", "guard.max_rollbacks=1", "train.steps=10")
+    loss_fn, _ = poisoned(resolved(config), [3, 4, 5, 6])
+    Trainer(config, loss_fn=loss_fn).fit()
+    steps, _, events = read(tmp_path)
+    assert len(events) == 1
+    assert [row["step"] for row in steps if row["skipped"]] == [4, 5, 6]
+
+
+def test_a_run_that_cannot_be_saved_ends(tmp_path, cache_dir):
+    config = make(tmp_path, cache_dir, "guard.max_skipped=2", "guard.max_rollbacks=2")
+    loss_fn, _ = poisoned(resolved(config), range(6, 40))
+    with pytest.raises(Diverged, match="2 steps in a row were skipped after 2 rollbacks"):
+        Trainer(config, loss_fn=loss_fn).fit()
+    assert sum("rolled back" in event for event in read(tmp_path)[2]) == 2
+    assert (tmp_path / "checkpoints" / "5").exists()
+
+
+def test_without_a_checkpoint_the_run_goes_back_to_its_beginning(whole, tmp_path, cache_dir):
+    config = make(tmp_path, cache_dir, "guard.max_skipped=2", "checkpoint.every=null", "train.steps=5")
+    loss_fn, _ = poisoned(resolved(config), [1, 2])
+    state = Trainer(config, loss_fn=loss_fn).fit()
+    steps, _, (event,) = read(tmp_path)
+    assert "to step 0" in event
+    assert (len(steps), int(state.data_step)) == (5, 8)
