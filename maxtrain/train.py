@@ -12,7 +12,7 @@ FLAGS = {"dry-run": "Print parameters, operations, bytes per device and the layo
 
 
 def main(argv: Sequence[str]) -> int:
-    """Train as the arguments say; 0 when done, 75 when stopped by a signal and resumable, 1 when the run diverged."""
+    """Train as the arguments say; 0 when done, 75 when stopped by a signal and resumable, 1 when it diverged or could not be saved."""
     arguments = cli.parse(argv, usage=USAGE, flags=FLAGS)
     config = load(arguments.config, arguments.overrides).config
     from maxtrain.training import dry_run, loop  # jax only from here on
@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
         loop.Trainer(config).fit()
     except loop.Stopped:
         return 75
-    except loop.Diverged as error:
+    except (loop.Diverged, OSError) as error:  # OSError: a full disk, a lost file system
         print(error, file=sys.stderr)
         return 1
     return 0

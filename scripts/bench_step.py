@@ -29,7 +29,6 @@ def maxtrain_step(model: dict, batch: int, length: int):
     from maxtrain.models import flops
     from maxtrain.parallel import mesh
     from maxtrain.parallel.sharding import Layout
-    from maxtrain.training import state as states
     from maxtrain.training.program import make_program, put_batch
 
     config = schema.Config(
@@ -40,7 +39,7 @@ def maxtrain_step(model: dict, batch: int, length: int):
     )
     device_mesh = mesh.make_mesh(config.mesh)
     program = make_program(mesh.resolve(config, device_mesh), Layout(device_mesh, config.mesh.rules))
-    compiled, state = program.lower_step().compile(), states.create(program.init, 0, program.layout)
+    compiled, state = program.lower_step().compile(), program.create(0)
     tokens = np.random.default_rng(0).integers(0, model["vocab_size"], (batch, length + 1)).astype(np.int32)
     host = {
         "tokens": tokens[:, :-1],

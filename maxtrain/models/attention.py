@@ -22,15 +22,15 @@ class Attention(nnx.Module):
     would be padded to twice its size on TPU.
     """
 
-    def __init__(self, cfg: schema.Model, slot: schema.Slot, rngs: nnx.Rngs, dtype: str):
+    def __init__(self, cfg: schema.Model, slot: schema.Slot, dtype: str):
         self.window, self.rope = slot.window, slot.rope or cfg.rope
         self.width, self.num_kv_heads = cfg.head_width, cfg.num_kv_heads
         std, heads, kv_heads = cfg.init_scale * cfg.embed**-0.5, cfg.num_heads * self.width, cfg.num_kv_heads * self.width
-        self.q = param(rngs, (cfg.embed, heads), ("embed", "heads"), std=std, dtype=dtype)
-        self.k = param(rngs, (cfg.embed, kv_heads), ("embed", "kv_heads"), std=std, dtype=dtype)
-        self.v = param(rngs, (cfg.embed, kv_heads), ("embed", "kv_heads"), std=std, dtype=dtype)
+        self.q = param((cfg.embed, heads), ("embed", "heads"), std=std, dtype=dtype)
+        self.k = param((cfg.embed, kv_heads), ("embed", "kv_heads"), std=std, dtype=dtype)
+        self.v = param((cfg.embed, kv_heads), ("embed", "kv_heads"), std=std, dtype=dtype)
         out_std = cfg.init_scale * (heads * 2 * cfg.num_layers) ** -0.5  # residual branches shrink with depth (GPT-2)
-        self.out = param(rngs, (heads, cfg.embed), ("heads", "embed"), std=out_std, dtype=dtype)
+        self.out = param((heads, cfg.embed), ("heads", "embed"), std=out_std, dtype=dtype)
 
     def __call__(self, x: jax.Array, context: Context, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
         q, k, v = (matmul(x, weight).reshape(*x.shape[:2], -1, self.width) for weight in (self.q, self.k, self.v))

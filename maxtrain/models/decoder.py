@@ -30,11 +30,11 @@ ACTIVATION = ("batch", "length", None)
 class Layer(nnx.Module):
     """One decoder layer: x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
-    def __init__(self, cfg: schema.Model, slot: schema.Slot, rngs: nnx.Rngs, dtype: str):
-        self.attention_norm = RmsNorm(cfg, cfg.embed, rngs, dtype)
-        self.attention = Attention(cfg, slot, rngs, dtype)
-        self.feed_forward_norm = RmsNorm(cfg, cfg.embed, rngs, dtype)
-        self.feed_forward = MoeMlp(cfg, rngs, dtype) if slot.feed_forward == "moe" else Mlp(cfg, rngs, dtype)
+    def __init__(self, cfg: schema.Model, slot: schema.Slot, dtype: str):
+        self.attention_norm = RmsNorm(cfg, cfg.embed, dtype)
+        self.attention = Attention(cfg, slot, dtype)
+        self.feed_forward_norm = RmsNorm(cfg, cfg.embed, dtype)
+        self.feed_forward = MoeMlp(cfg, dtype) if slot.feed_forward == "moe" else Mlp(cfg, dtype)
 
     def __call__(self, x: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any, jax.Array]:
         y, cache = self.attention(self.attention_norm(x), context, cache)
@@ -50,8 +50,8 @@ class Layer(nnx.Module):
 class Block(nnx.Module):
     """A run of unlike layers that is executed, repeated and rematerialised as one: a period of the pattern."""
 
-    def __init__(self, cfg: schema.Model, kinds: tuple[str, ...], rngs: nnx.Rngs, dtype: str):
-        self.layers = nnx.List([Layer(cfg, cfg.slots[kind], rngs, dtype) for kind in kinds])
+    def __init__(self, cfg: schema.Model, kinds: tuple[str, ...], dtype: str):
+        self.layers = nnx.List([Layer(cfg, cfg.slots[kind], dtype) for kind in kinds])
 
     def __call__(self, x: jax.Array, context: Context, caches: Any) -> tuple[jax.Array, Any, jax.Array]:
         balance, new = jnp.zeros((), jnp.float32), list[Any]()
@@ -73,28 +73,26 @@ class Output(NamedTuple):
     balance: jax.Array
 
 
-class Decoder(nnx.Module):
-    """A decoder-only transformer, a pytree of its parameters."""
+def _stacked(spec: jax.ShapeDtypeStruct, periods: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((periods, *spec.shape), spec.dtype)
 
-    def __init__(self, cfg: schema.Model, precision: schema.Precision, remat: schema.Remat, rngs: nnx.Rngs):
+
+class Decoder(nnx.Module):
+    """A decoder-only transformer, a pytree of its parameters: descriptions when built, arrays after `sharding.initialise`."""
+
+    def __init__(self, cfg: schema.Model, precision: schema.Precision, remat: schema.Remat):
         assert "auto" not in (cfg.layers, precision.compute), "resolve the config for its devices first"
         self.cfg, self.compute, self.remat = cfg, precision.compute, remat.policy
         dtype = precision.params
-        self.embedding = param(rngs, (cfg.vocab_size, cfg.embed), ("vocab", "embed"), std=0.02 * cfg.init_scale, dtype=dtype)
-        self.prefix = Block(cfg, cfg.prefix, rngs, dtype)
-        keys = jax.random.split(rngs.params(), cfg.num_periods)
-
-        def period(key: jax.Array) -> Block:
-            return Block(cfg, cfg.layer_pattern, nnx.Rngs(key), dtype)
-
-        # Drawn as one stack in both cases: compiling a random generator for every layer would take longer than training a tiny model
-        body = jax.vmap(period)(keys) if cfg.num_periods else None
-        unroll = cfg.layers == "unroll" or body is None
-        self.body: Any = nnx.List([jax.tree.map(lambda x, i=i: x[i], body) for i in range(cfg.num_periods)]) if unroll else body
-        self.remainder = Block(cfg, cfg.remainder, rngs, dtype)
-        self.norm = RmsNorm(cfg, cfg.embed, rngs, dtype)
+        self.embedding = param((cfg.vocab_size, cfg.embed), ("vocab", "embed"), std=0.02 * cfg.init_scale, dtype=dtype)
+        self.prefix = Block(cfg, cfg.prefix, dtype)
+        periods = [Block(cfg, cfg.layer_pattern, dtype) for _ in range(cfg.num_periods)]
+        stacked = cfg.layers == "scan" and periods
+        self.body: Any = jax.tree.map(lambda s: _stacked(s, cfg.num_periods), periods[0]) if stacked else nnx.List(periods)
+        self.remainder = Block(cfg, cfg.remainder, dtype)
+        self.norm = RmsNorm(cfg, cfg.embed, dtype)
         std = cfg.init_scale * cfg.embed**-0.5
-        self.head = None if cfg.tie_embeddings else param(rngs, (cfg.vocab_size, cfg.embed), ("vocab", "embed"), std=std, dtype=dtype)
+        self.head = None if cfg.tie_embeddings else param((cfg.vocab_size, cfg.embed), ("vocab", "embed"), std=std, dtype=dtype)
 
     def __call__(self, tokens: jax.Array, context: Context, caches: Any = None) -> Output:
         """Hidden states for tokens int32 [batch, length]; with caches, attention reads and updates them."""
@@ -135,13 +133,7 @@ class Decoder(nnx.Module):
         """Abstract caches for `batch` sequences of up to `capacity` tokens."""
         args = (batch, capacity, jnp.dtype(self.compute))
         if isinstance(self.body, Block):
-            stack = lambda spec: jax.ShapeDtypeStruct((self.cfg.num_periods, *spec.shape), spec.dtype)  # noqa: E731
-            body: Any = jax.tree.map(stack, self.body.cache_spec(*args))
+            body: Any = jax.tree.map(lambda s: _stacked(s, self.cfg.num_periods), self.body.cache_spec(*args))
         else:
             body = [block.cache_spec(*args) for block in self.body]
         return self.prefix.cache_spec(*args), body, self.remainder.cache_spec(*args)
-
-
-def abstract(cfg: schema.Model, precision: schema.Precision, remat: schema.Remat) -> Decoder:
-    """The decoder without arrays: shapes, formats and axes only."""
-    return jax.eval_shape(lambda key: Decoder(cfg, precision, remat, nnx.Rngs(key)), jax.random.key(0))

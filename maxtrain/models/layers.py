@@ -20,9 +20,9 @@ def matmul(x: jax.Array, weight: nnx.Param) -> jax.Array:
 class RmsNorm(nnx.Module):
     """Root-mean-square norm with a learned scale (Zhang and Sennrich, 2019), computed in float32."""
 
-    def __init__(self, cfg: schema.Model, width: int, rngs: nnx.Rngs, dtype: str):
+    def __init__(self, cfg: schema.Model, width: int, dtype: str):
         self.eps = cfg.norm_eps
-        self.scale = param(rngs, (width,), ("norm",), dtype=dtype)
+        self.scale = param((width,), ("norm",), dtype=dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return rms_norm(x, self.scale.get_value(), self.eps)
@@ -31,12 +31,12 @@ class RmsNorm(nnx.Module):
 class Mlp(nnx.Module):
     """Gated feed-forward: down(act(gate(x)) * up(x)). Shapes: x [batch, length, embed]."""
 
-    def __init__(self, cfg: schema.Model, rngs: nnx.Rngs, dtype: str):
+    def __init__(self, cfg: schema.Model, dtype: str):
         self.activation = cfg.activation
         scale = cfg.init_scale
-        self.gate = param(rngs, (cfg.embed, cfg.mlp), ("embed", "mlp"), std=scale * cfg.embed**-0.5, dtype=dtype)
-        self.up = param(rngs, (cfg.embed, cfg.mlp), ("embed", "mlp"), std=scale * cfg.embed**-0.5, dtype=dtype)
-        self.down = param(rngs, (cfg.mlp, cfg.embed), ("mlp", "embed"), std=scale * (cfg.mlp * 2 * cfg.num_layers) ** -0.5, dtype=dtype)
+        self.gate = param((cfg.embed, cfg.mlp), ("embed", "mlp"), std=scale * cfg.embed**-0.5, dtype=dtype)
+        self.up = param((cfg.embed, cfg.mlp), ("embed", "mlp"), std=scale * cfg.embed**-0.5, dtype=dtype)
+        self.down = param((cfg.mlp, cfg.embed), ("mlp", "embed"), std=scale * (cfg.mlp * 2 * cfg.num_layers) ** -0.5, dtype=dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return matmul(GATED[self.activation](matmul(x, self.gate), matmul(x, self.up)), self.down)

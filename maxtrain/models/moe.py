@@ -21,15 +21,15 @@ from maxtrain.parallel.sharding import param, per_batch_shard
 class MoeMlp(nnx.Module):
     """Routed gated feed-forward. Shapes: x [batch, length, embed]."""
 
-    def __init__(self, cfg: schema.Model, rngs: nnx.Rngs, dtype: str):
+    def __init__(self, cfg: schema.Model, dtype: str):
         assert cfg.moe is not None
         self.cfg, self.activation = cfg.moe, cfg.activation
         experts, embed, mlp, scale = cfg.moe.num_experts, cfg.embed, cfg.moe.mlp, cfg.init_scale
-        self.router = param(rngs, (embed, experts), ("embed", "expert"), std=scale * embed**-0.5, dtype=dtype)
-        self.gate = param(rngs, (experts, embed, mlp), ("expert", "embed", "mlp"), std=scale * embed**-0.5, dtype=dtype)
-        self.up = param(rngs, (experts, embed, mlp), ("expert", "embed", "mlp"), std=scale * embed**-0.5, dtype=dtype)
+        self.router = param((embed, experts), ("embed", "expert"), std=scale * embed**-0.5, dtype=dtype)
+        self.gate = param((experts, embed, mlp), ("expert", "embed", "mlp"), std=scale * embed**-0.5, dtype=dtype)
+        self.up = param((experts, embed, mlp), ("expert", "embed", "mlp"), std=scale * embed**-0.5, dtype=dtype)
         down_std = scale * (mlp * 2 * cfg.num_layers) ** -0.5
-        self.down = param(rngs, (experts, mlp, embed), ("expert", "mlp", "embed"), std=down_std, dtype=dtype)
+        self.down = param((experts, mlp, embed), ("expert", "mlp", "embed"), std=down_std, dtype=dtype)
 
     def __call__(self, x: jax.Array, segments: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Output [batch, length, embed] and the balancing loss, summed over tokens (a scalar)."""

@@ -6,10 +6,10 @@ to blocks of one group each and a loop over blocks multiplies with that group's 
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
+
+from maxtrain.parallel.sharding import platform
 
 BLOCK = 64  # rows of one group multiplied together on CPU
 
@@ -19,7 +19,7 @@ def grouped_matmul(x: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> 
 
     Shapes: x [rows, in], sorted by group; weights [groups, in, out]; group_sizes int32 [groups], summing to rows; result [rows, out].
     """
-    return jax.lax.platform_dependent(x, weights, group_sizes, cpu=_blocked, default=jax.lax.ragged_dot)
+    return KERNELS.get(platform(), jax.lax.ragged_dot)(x, weights, group_sizes)
 
 
 def _blocked(x: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Array:
@@ -36,7 +36,7 @@ def _blocked(x: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Ar
     return y.reshape(num_blocks * BLOCK, -1)[place]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=())
+@jax.custom_vjp
 def _block_products(blocks: jax.Array, weights: jax.Array, owner: jax.Array) -> jax.Array:
     """blocks [n, BLOCK, in] times weights[owner[n]] -> [n, BLOCK, out]."""
     return jax.lax.map(lambda pair: pair[0] @ weights[pair[1]], (blocks, owner))
@@ -58,3 +58,6 @@ def _backward(saved: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array, j
 
 
 _block_products.defvjp(_forward, _backward)
+
+
+KERNELS = {"cpu": _blocked}

@@ -11,12 +11,14 @@ from typing import TypeVar
 
 import jax
 
+from maxtrain.parallel.sharding import platform
+
 T = TypeVar("T")
 
 
 def settle(values: T) -> T:
     """The same arrays, on CPU computed in full before anything that reads them."""
-    return jax.lax.platform_dependent(values, cpu=jax.lax.optimization_barrier, default=lambda x: x)
+    return jax.lax.optimization_barrier(values) if platform() == "cpu" else values
 
 
 @jax.custom_vjp

@@ -1,14 +1,17 @@
 """The only place that knows how logical array axes are laid out over the mesh.
 
-Models name the axes of what they create (`param`) and of activations worth pinning (`constrain`). The parameter table
-read off an abstract model (`parameter_table`) is the single description from which initial values, shardings, restore
-and compilation derive. Layout rules are data (`mesh.rules`), so a layout changes without touching a model.
+Models name the axes of what they declare (`param`) and of activations worth pinning (`constrain`). A model as built is a
+description without arrays: initial values, shardings, restore and compilation all derive from it. Layout rules are data
+(`mesh.rules`), so a layout changes without touching a model.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+import re
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -16,13 +19,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from maxtrain.config.errors import Refused
 
 Axes = tuple[str | None, ...]
-LARGE = 2**20  # elements above which a replicated parameter is an accident
 
 
 @dataclass(frozen=True)
@@ -63,26 +66,26 @@ def use(layout: Layout) -> Iterator[None]:
         _layout.reset(token)
 
 
+def platform() -> str:
+    """What functions are being traced for: the platform of the layout in use, else jax's default."""
+    layout = _layout.get()
+    return jax.default_backend() if layout is None else layout.mesh.devices.flat[0].platform
+
+
 # ----------------------------------------------------------------------------------------------------- parameters
 
 
-def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes, *, std: float | None = None, dtype: str = "float32") -> nnx.Param:
-    """A parameter, the one way to make an array that is trained.
+def param(shape: tuple[int, ...], axes: Axes, *, std: float | None = None, dtype: str = "float32") -> nnx.Param:
+    """The description of a parameter, the one way to declare an array that is trained; `initialise` makes the array.
 
     Args:
-        rngs: source of keys; every call takes the next one.
         shape: sizes, one for each of `axes`.
         axes: logical axis names, looked up in `mesh.rules`.
-        std: standard deviation of a truncated normal; None for ones (norm scales).
+        std: standard deviation of the initial truncated normal; None for ones (norm scales).
         dtype: number format it is kept in.
     """
     assert len(shape) == len(axes), (shape, axes)
-    key = rngs.params()
-    if std is None:
-        return nnx.Param(jnp.ones(shape, dtype), axes=axes)
-    # 0.8796 is the standard deviation of a unit normal cut at two deviations
-    value = jax.random.truncated_normal(key, -2.0, 2.0, shape, jnp.float32) * (std / 0.87962566103423978)
-    return nnx.Param(value.astype(dtype), axes=axes)
+    return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)), axes=axes, std=std)
 
 
 def is_param(leaf: Any) -> bool:
@@ -132,6 +135,49 @@ def parameter_table(model: Any) -> dict[str, Parameter]:
     return table
 
 
+_UNROLLED = re.compile(r"(.*\bbody)/(\d+)/(layers/.*)")
+
+
+def stacked_name(name: str) -> tuple[str, int | None]:
+    """The name a parameter of an unrolled layer has in the stack of all periods, and its place there; others stand alone."""
+    match = _UNROLLED.fullmatch(name)
+    return (f"{match[1]}/{match[3]}", int(match[2])) if match else (name, None)
+
+
+@functools.cache
+def _drawer(shape: tuple[int, ...], dtype: Any, stacked: bool, sharding: Any) -> Callable[..., jax.Array]:
+    """A compiled truncated normal for all parameters of one shape; a stack is drawn layer by layer."""
+
+    def draw(key: jax.Array, index: jax.Array, std: jax.Array) -> jax.Array:
+        # 0.8796 is the standard deviation of a unit normal cut at two deviations
+        unit = jax.random.truncated_normal(jax.random.fold_in(key, index), -2.0, 2.0, shape[stacked:], jnp.float32)
+        return (unit * (std / 0.87962566103423978)).astype(dtype)
+
+    return jax.jit(jax.vmap(draw, in_axes=(None, 0, None)) if stacked else draw, out_shardings=sharding)
+
+
+def initialise(model: Any, seed: int) -> Any:
+    """The model with arrays in place of their descriptions, each made in its shards.
+
+    A parameter's values depend on the seed, its name and its layer only: not on the mesh, nor on whether layers are stacked.
+    """
+    root = jax.random.key(seed)
+
+    def one(path: tuple[Any, ...], leaf: nnx.Variable) -> Any:
+        spec, std = leaf.get_value(), leaf.get_metadata("std")
+        if std is None:
+            value = jnp.ones(spec.shape, spec.dtype, device=spec.sharding)
+        else:
+            name, index = stacked_name(path_name(path))
+            stacked = len(spec.shape) > len(leaf.get_metadata("axes"))
+            place = np.arange(spec.shape[0]) if stacked else np.int64(index or 0)
+            key = jax.random.fold_in(root, np.uint32(zlib.crc32(name.encode())))
+            value = _drawer(spec.shape, spec.dtype, stacked, spec.sharding)(key, place.astype(np.uint32), np.float32(std))
+        return jax.tree.map(lambda _: value, leaf)
+
+    return jax.tree_util.tree_map_with_path(one, model, is_leaf=is_param)
+
+
 def shardings(tree: Any, layout: Layout) -> Any:
     """The sharding of every array of `tree` (a model, an optimizer state ...): by its axes where it has them, else replicated.
 
@@ -156,13 +202,11 @@ def shardings(tree: Any, layout: Layout) -> Any:
     return jax.tree_util.tree_map_with_path(one, tree, is_leaf=is_param)
 
 
-def check_placement(model: Any, layout: Layout) -> None:
-    """Assert that no large parameter with a split axis has ended up whole on every device."""
-    for path, leaf in jax.tree_util.tree_flatten_with_path(model, is_leaf=is_param)[0]:
-        value = leaf.get_value()
-        wanted = layout.sharding(param_axes(leaf))
-        if value.size >= LARGE and not wanted.is_fully_replicated:
-            assert not value.sharding.is_fully_replicated, f"{path_name(path)} {value.shape} is replicated, expected {wanted.spec}"
+def check_placement(model: Any, described: Any) -> None:
+    """Assert that every parameter lies where its description says, so that no large one has ended up whole on every device."""
+    for (path, value), spec in zip(jax.tree_util.tree_flatten_with_path(model)[0], jax.tree.leaves(described), strict=True):
+        placed = value.sharding.is_equivalent_to(spec.sharding, value.ndim)
+        assert placed, f"{path_name(path)} {value.shape} lies as {value.sharding}, expected {spec.sharding}"
 
 
 # ----------------------------------------------------------------------------------------------------- activations

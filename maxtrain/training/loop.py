@@ -122,6 +122,7 @@ class Trainer:
         self.program = make_program(config, Layout(device_mesh, config.mesh.rules), len(self.data.source_names), self.custom_loss)
         self.recorder = Recorder(config.run.folder, config.metrics, config.train.steps, jax.process_index() == 0)
         self.checkpointer = Checkpointer(os.path.join(config.run.folder, "checkpoints"), config.checkpoint)
+        newest, notes = self._find_checkpoint()
         start = time.perf_counter()
         self.batch_spec = self.program.batch(config.data.batch_size, config.data.length)
         self.step = self.program.lower_step().compile()
@@ -130,7 +131,7 @@ class Trainer:
         self.num_parameters = sum(p.size for p in parameter_table(self.program.state.model).values())
         peak = config.metrics.peak_tflops or peak_tflops(jax.devices()[0])
         self.peak = None if peak is None else peak * jax.device_count()
-        self._resume()
+        self._start_from(newest, notes)
         if jax.process_index() == 0:
             runs.describe(config, self.tokenizer, self.num_parameters)
 
@@ -138,27 +139,31 @@ class Trainer:
         """Record an event of the run, on the console and in the metrics."""
         self.recorder.write({"step": int(self.state.step) if hasattr(self, "state") else 0, "event": message})
 
-    def _resume(self) -> None:
-        """Take the newest good checkpoint if there is one, else the initial state."""
-        reports: list[str] = []
-        newest = self.checkpointer.newest_good(reports.append) if self.config.checkpoint.resume else None
+    def _find_checkpoint(self) -> tuple[int | None, list[str]]:
+        """The newest good checkpoint, if there is one, and what is to be said about it; a misfit is refused before anything is compiled."""
+        notes: list[str] = []
+        newest = self.checkpointer.newest_good(notes.append) if self.config.checkpoint.resume else None
         if newest is None:
             if self.checkpointer.steps() and not self.config.checkpoint.resume:
                 raise Refused(f"{self.config.run.folder} has checkpoints and checkpoint.resume is false: choose another run.dir")
-            self.state = states.create(self.program.init, self.config.train.seed, self.program.layout)
-            self.recorder.rewind(0)
+            return None, notes
+        meta = self.checkpointer.read_meta(newest)
+        changes = runs.check_resume(meta["config"], self.config)
+        if meta["tokenizer"] != self.tokenizer.fingerprint:
+            raise Refused(f"{self.config.run.folder}: its checkpoints were trained with another tokenizer: use another run.dir")
+        if meta["data"] != self.data.fingerprint:
+            changes.append("the training data has changed: batches from here on are those of the new data")
+        return newest, [*notes, "; ".join([f"resumed from the checkpoint of step {newest}", *changes])]
+
+    def _start_from(self, newest: int | None, notes: list[str]) -> None:
+        """Take the state of a checkpoint or, without one, the initial state."""
+        if newest is None:
+            self.state = self.program.create(self.config.train.seed)
         else:
-            meta = self.checkpointer.read_meta(newest)
-            changes = runs.check_resume(meta["config"], self.config)
-            if meta["tokenizer"] != self.tokenizer.fingerprint:
-                raise Refused(f"{self.config.run.folder}: its checkpoints were trained with another tokenizer: use another run.dir")
-            if meta["data"] != self.data.fingerprint:
-                changes.append("the training data has changed: batches from here on are those of the new data")
             self._restore(newest)
-            self.recorder.rewind(newest)
-            self.say(f"resumed from the checkpoint of step {newest}" + "".join(f"; {change}" for change in changes))
-        for report in reports:
-            self.say(report)
+        self.recorder.rewind(newest or 0)
+        for note in notes:
+            self.say(note)
 
     def _restore(self, step: int) -> None:
         like = self.program.state
@@ -310,12 +315,14 @@ class Trainer:
         self.checkpointer.wait()
         newest = self.checkpointer.newest_good(self.say)
         if newest is None:
-            self.state, self.tokens = states.create(self.program.init, self.config.train.seed, self.program.layout), 0
+            self.state, self.tokens = self.program.create(self.config.train.seed), 0
         else:
             self._restore(newest)
         target, first = newest or 0, int(self.state.data_step)
-        moved = jax.device_put(np.int32(bad_until), self.state.data_step.sharding)
-        self.state, self.rollbacks = replace(self.state, data_step=moved), rollbacks
+        data_step, zero = (jax.device_put(np.int32(value), self.state.data_step.sharding) for value in (bad_until, 0))
+        # The checkpoint may stem from within the bad window: its count of skipped steps would send the run back too soon
+        guard = replace(self.state.guard, skipped_in_a_row=zero)
+        self.state, self.rollbacks = replace(self.state, data_step=data_step, guard=guard), rollbacks
         self.recorder.rewind(target)
         self.say(
             f"rolled back from step {item[0]} to step {target} after {self.config.guard.max_skipped} skipped steps in a row; "
@@ -333,7 +340,7 @@ class Profiler:
 
     def before(self, step: int) -> None:
         """Start or stop recording at the window's ends."""
-        if self.cfg is not None and step - self.first == self.cfg.start:
+        if self.cfg is not None and step - self.first == self.cfg.start and not self.running:  # a rollback may pass here again
             jax.profiler.start_trace(self.folder)
             self.running = True
         elif self.cfg is not None and step - self.first == self.cfg.start + self.cfg.steps:

@@ -5,7 +5,6 @@ The loop, the dry run and compilation for another machine all start from here, s
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,13 +22,16 @@ from maxtrain.training.step import LossFn, make_train_step, next_token_loss
 
 @dataclass(frozen=True)
 class Program:
-    """A resolved config on a layout: how to make the state, its description, and the step to compile."""
+    """A resolved config on a layout: the description of its state, and the step to compile."""
 
     config: schema.Config
     layout: Layout
-    init: Callable[[jax.Array], TrainState]
     state: TrainState
     loss_fn: LossFn
+
+    def create(self, seed: int) -> TrainState:
+        """The state before the first step."""
+        return states.create(self.state, make_optimizer(self.config.optimizer, self.config.precision), seed)
 
     def batch(self, rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Description of a batch of `rows` sequences of `length` tokens."""
@@ -56,8 +58,8 @@ class Program:
 
 def make_program(config: schema.Config, layout: Layout, num_sources: int = 1, loss_fn: LossFn | None = None) -> Program:
     """The program of a resolved config (no `auto` left in it) on a layout."""
-    init = states.make_init(config, make_optimizer(config.optimizer, config.precision))
-    return Program(config, layout, init, states.abstract(init, layout), loss_fn or next_token_loss(config, num_sources))
+    state = states.describe(config, make_optimizer(config.optimizer, config.precision), layout)
+    return Program(config, layout, state, loss_fn or next_token_loss(config, num_sources))
 
 
 def put_batch(host: dict[str, Any], spec: dict[str, jax.ShapeDtypeStruct], rows: list[int]) -> dict[str, jax.Array]:

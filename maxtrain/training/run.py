@@ -26,6 +26,8 @@ PACKAGES = ("maxtrain", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "g
 # Keys whose change makes a checkpoint another model's or another optimizer's
 BREAKING = ("model.", "data.tokenizer.", "optimizer.kind", "precision.params", "precision.moments", "guard.window")
 HARMLESS = ("model.layers", "model.max_length", "model.init_scale")
+# A finished run is opened by one process, on whatever devices it has, not on those it was trained on
+ALONE = ("mesh.data=1", "mesh.fsdp=-1", "mesh.coordinator=null", "mesh.num_processes=1", "mesh.process_id=null")
 
 
 def versions() -> dict[str, str]:
@@ -104,8 +106,8 @@ def check_resume(old: Mapping[str, Any], config: schema.Config) -> list[str]:
     return [line for key, line in lines.items() if not key.startswith(("run.", "metrics."))]
 
 
-def open_run(folder: str, overrides: tuple[str, ...] = (), report: Any = print) -> tuple[Program, Tokenizer, Any, int]:
-    """The program, tokenizer, model and step of the newest good checkpoint of a run's folder.
+def open_run(folder: str, report: Any = print) -> tuple[Program, Tokenizer, Any, int]:
+    """The program, tokenizer, model and step of the newest good checkpoint of a run's folder, on the devices of this process.
 
     Raises:
         Refused: the folder is no run, or has no good checkpoint.
@@ -113,7 +115,7 @@ def open_run(folder: str, overrides: tuple[str, ...] = (), report: Any = print) 
     path = os.path.join(folder, "config.yml")
     if not os.path.isfile(path):
         raise Refused(f"{folder}: no run is here (config.yml is missing)")
-    config = load(path, (f"run.dir={folder}", *overrides)).config
+    config = load(path, (f"run.dir={folder}", *ALONE)).config
     mesh.start(config.run, config.mesh)
     device_mesh = mesh.make_mesh(config.mesh)
     program = make_program(mesh.resolve(config, device_mesh), Layout(device_mesh, config.mesh.rules))

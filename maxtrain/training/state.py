@@ -6,8 +6,6 @@ run saved on CPU goes on on an accelerator and the other way round.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,11 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
 from maxtrain.config import schema
 from maxtrain.models.decoder import Decoder
-from maxtrain.parallel.sharding import Layout, check_placement, path_name, shardings
+from maxtrain.parallel.sharding import Layout, check_placement, initialise, path_name, shardings, stacked_name
 
 
 @jax.tree_util.register_dataclass
@@ -47,38 +44,25 @@ class TrainState:
     replace = replace
 
 
-def make_init(config: schema.Config, optimizer: optax.GradientTransformation) -> Callable[[jax.Array], TrainState]:
-    """The function from a random key to the state before the first step."""
-
-    def init(key: jax.Array) -> TrainState:
-        model = Decoder(config.model, config.precision, config.remat, nnx.Rngs(key))
-        zero, window = jnp.zeros((), jnp.int32), jnp.zeros((config.guard.window,), jnp.float32)
-        return TrainState(model, optimizer.init(model), zero, zero, Guard(window, window, zero, zero))
-
-    return init
+def describe(config: schema.Config, optimizer: optax.GradientTransformation, layout: Layout) -> TrainState:
+    """The state of a resolved config as shapes, formats and shardings."""
+    model = Decoder(config.model, config.precision, config.remat)
+    scalar: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    window: Any = jax.ShapeDtypeStruct((config.guard.window,), jnp.float32)
+    state = TrainState(model, jax.eval_shape(optimizer.init, model), scalar, scalar, Guard(window, window, scalar, scalar))
+    return jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), state, shardings(state, layout))
 
 
-def create(init: Callable[[jax.Array], TrainState], seed: int, layout: Layout) -> TrainState:
-    """Run `init` with every array made in its shards; values depend on the seed only, not on the mesh."""
-    key = jax.random.key(seed)
-    target = shardings(jax.eval_shape(init, key), layout)
-    # Runs once, so it is compiled in half the time with less optimisation; only the CPU's compiler knows the option
-    on_cpu = layout.mesh.devices.flat[0].platform == "cpu"
-    options = {"xla_backend_optimization_level": 1} if on_cpu else None
-    state = jax.jit(init, out_shardings=target, compiler_options=options)(key)
-    check_placement(state.model, layout)
-    return state
-
-
-def abstract(init: Callable[[jax.Array], TrainState], layout: Layout) -> TrainState:
-    """The state as shapes, formats and shardings."""
-    shapes = jax.eval_shape(init, jax.random.key(0))
-    return jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings(shapes, layout))
+def create(like: TrainState, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    """The state before the first step, laid out as `like` describes."""
+    model = initialise(like.model, seed)
+    check_placement(model, like.model)
+    opt_state = jax.jit(optimizer.init, out_shardings=jax.tree.map(lambda s: s.sharding, like.opt_state))(model)
+    step, data_step, guard = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, device=s.sharding), (like.step, like.data_step, like.guard))
+    return TrainState(model, opt_state, step, data_step, guard)
 
 
 # ------------------------------------------------------------------------------------------- layout in a checkpoint
-
-_UNROLLED = re.compile(r"(.*\bbody)/(\d+)/(layers/.*)")
 
 
 def _flat(state: Any) -> dict[str, Any]:
@@ -89,8 +73,7 @@ def _groups(names: Any) -> dict[str, list[str]]:
     """Stacked name -> the names of the layers' own arrays, in order; an array of no unrolled layer stands alone."""
     groups: dict[str, list[str]] = {}
     for name in names:
-        match = _UNROLLED.fullmatch(name)
-        groups.setdefault(f"{match[1]}/{match[3]}" if match else name, []).append(name)
+        groups.setdefault(stacked_name(name)[0], []).append(name)
     return groups
 
 

@@ -6,13 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from maxtrain.config import schema
-from maxtrain.models.decoder import Decoder, abstract
+from maxtrain.models.decoder import Decoder
 from maxtrain.ops import rope
 from maxtrain.ops.attention import Context
-from maxtrain.parallel.sharding import parameter_table
+from maxtrain.parallel.sharding import initialise, parameter_table
 
 F32, REMAT = schema.Precision(compute="float32"), schema.Remat()
 MOE = schema.Moe(num_experts=4, experts_per_token=2, mlp=24)
@@ -37,7 +36,7 @@ CONFIGS = {
 
 def build(cfg, layers, remat=REMAT):
     cfg = cfg.model_copy(update={"layers": layers})
-    return jax.jit(lambda key: Decoder(cfg, F32, remat, nnx.Rngs(key)))(jax.random.key(0))
+    return initialise(Decoder(cfg, F32, remat), 0)
 
 
 def inputs(length=40, batch=2):
@@ -172,7 +171,7 @@ def test_remat_changes_no_gradient(policy):
 
 @pytest.mark.parametrize("layers", ["scan", "unroll"])
 def test_parameter_table_knows_every_array(layers):
-    model = abstract(CONFIGS["pattern"].model_copy(update={"layers": layers}), F32, REMAT)
+    model = Decoder(CONFIGS["pattern"].model_copy(update={"layers": layers}), F32, REMAT)
     table = parameter_table(model)
     assert len(table) == len(jax.tree.leaves(model))
     assert all(len(row.shape) == len(row.axes) for row in table.values())

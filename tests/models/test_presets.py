@@ -5,7 +5,7 @@ import pathlib
 import pytest
 
 from maxtrain.config import load, schema
-from maxtrain.models.decoder import abstract
+from maxtrain.models.decoder import Decoder
 from maxtrain.parallel.sharding import parameter_table
 
 FOLDER = pathlib.Path(__file__).parents[2] / "configs" / "models"
@@ -25,7 +25,7 @@ PUBLISHED = {  # from the models' own configurations and cards
 
 def count(path):
     cfg = load(path).config.model.model_copy(update={"layers": "scan"})
-    table = parameter_table(abstract(cfg, schema.Precision(compute="bfloat16"), schema.Remat()))
+    table = parameter_table(Decoder(cfg, schema.Precision(compute="bfloat16"), schema.Remat()))
     return sum(parameter.size for parameter in table.values())
 
 

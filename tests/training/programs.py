@@ -8,7 +8,6 @@ import numpy as np
 from maxtrain.config import schema
 from maxtrain.parallel import mesh
 from maxtrain.parallel.sharding import Layout
-from maxtrain.training import state as states
 from maxtrain.training.program import make_program, put_batch
 
 MOE = {"slots": {"layer": schema.Slot(feed_forward="moe")}}
@@ -64,7 +63,7 @@ def batches(count, seed=0):
 def run(program, given, state=None):
     """Metrics of one step for each batch, and the state after them."""
     step, spec = program.lower_step().compile(), program.batch(BATCH, LENGTH)
-    state = states.create(program.init, 0, program.layout) if state is None else state
+    state = program.create(0) if state is None else state
     rows = []
     for batch in given:
         state, metrics = step(state, put_batch(batch, spec, list(range(BATCH))))

@@ -63,7 +63,7 @@ def test_scan_gives_the_unrolled_losses_and_checkpoint():
 
 def test_initial_values_do_not_depend_on_the_mesh():
     first, second = (build(make_config(data=d, fsdp=f)) for d, f in ((1, 1), (2, 4)))
-    for a, b in zip(*(jax.tree.leaves(states.create(p.init, 3, p.layout).model) for p in (first, second)), strict=True):
+    for a, b in zip(*(jax.tree.leaves(p.create(3).model) for p in (first, second)), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -111,7 +111,7 @@ def test_adamw_against_numpy():
         return total * batch["weights"].sum(), {"tokens": batch["weights"].sum(), "loss": total}
 
     program = build(config, loss_fn=loss_fn)
-    state = states.create(program.init, 0, program.layout)
+    state = program.create(0)
     leaves = jax.tree.leaves(state.model, is_leaf=is_param)
     decays = [kind(leaf.get_metadata("axes")) == "matrix" for leaf in leaves]
     assert sum(decays) == 2 * 7  # q, k, v, out, gate, up, down of two layers: no norm, no embedding

@@ -1,0 +1,174 @@
+"""The command `python -m maxtrain.train`: exit codes, the dry run, and runs that are killed or run out of disk."""
+
+import json
+import os
+import random
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from maxtrain import train
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = ["train.steps=120", "checkpoint.every=10", "eval.every=40"]
+
+
+def start(folder, *overrides, devices=1, **keys):
+    """The command as a user gives it, in a process of its own."""
+    command = [sys.executable, "-m", "maxtrain.train", "tests/tiny.yml", f"run.dir={folder}", f"data.cache_dir={folder.parent}/data"]
+    env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    return subprocess.Popen([*command, *SETTINGS, *overrides], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True, **keys)
+
+
+def finish(process):
+    """Exit code and what was printed on stderr."""
+    _, errors = process.communicate(timeout=300)
+    return process.returncode, errors
+
+
+def rows(folder):
+    """The complete rows of metrics.jsonl; none if it does not exist yet."""
+    path = folder / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def losses(folder):
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in rows(folder) if "loss" in row]
+
+
+def last_step(folder):
+    return max((row["step"] for row in rows(folder) if "loss" in row), default=0)
+
+
+def wait_until(process, condition):
+    """Wait for the condition or the end of the process, and say whether the process still runs."""
+    while process.poll() is None and not condition():
+        time.sleep(0.002)
+    return process.poll() is None
+
+
+def kill_and_finish(folder, moments):
+    """Kill the command at each of the moments (conditions), then let it finish."""
+    for moment in moments:
+        process = start(folder)
+        wait_until(process, moment)
+        process.send_signal(signal.SIGKILL)
+        _, errors = finish(process)
+        assert process.returncode in (-signal.SIGKILL, 0), errors
+    code, errors = finish(start(folder))
+    assert code == 0, errors
+
+
+def being_written(folder):
+    return lambda: last_step(folder) > 10 and any((folder / "checkpoints").glob("*.new/*"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Losses of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    code, errors = finish(start(folder))
+    assert code == 0, errors
+    found = losses(folder)
+    assert [row[0] for row in found] == list(range(1, 121))
+    return found
+
+
+def test_killed_runs_give_the_losses_of_an_uninterrupted_one(whole, tmp_path):
+    folder = tmp_path / "run"
+    kill_and_finish(folder, [being_written(folder), lambda: last_step(folder) >= 67])
+    assert losses(folder) == whole
+    steps = [row["step"] for row in rows(folder) if "eval/held/loss" in row]
+    assert steps == [40, 80, 120]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_runs_killed_often_give_the_losses_of_an_uninterrupted_one(whole, tmp_path, seed):
+    folder, draw = tmp_path / "run", random.Random(seed)
+    moments = []
+    for _ in range(5):
+        at = time.monotonic()
+        step, seconds = draw.randrange(120), draw.uniform(0, 60)
+        moments += [being_written(folder), lambda step=step, until=at + seconds: last_step(folder) >= step or time.monotonic() > until]
+    kill_and_finish(folder, moments)
+    assert losses(folder) == whole
+
+
+def test_a_stopped_run_and_one_out_of_disk_can_be_resumed(whole, tmp_path):
+    """A limit on the size of files stands for the full disk: no checkpoint fits."""
+    folder = tmp_path / "run"
+    process = start(folder)
+    assert wait_until(process, lambda: last_step(folder) >= 30)
+    process.send_signal(signal.SIGTERM)
+    assert finish(process)[0] == 75
+    stopped = last_step(folder)
+    saved = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert str(stopped) in saved
+
+    code, errors = finish(start(folder, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))))
+    assert code == 1
+    assert "Traceback" not in errors
+    assert "saving the checkpoint of step" in errors
+    assert "File too large" in errors
+    assert {path.name for path in (folder / "checkpoints").iterdir() if (path / "manifest.json").exists()} == saved
+
+    assert finish(start(folder))[0] == 0
+    assert losses(folder) == whole
+
+
+def test_refused_input_is_2_and_prints_no_traceback(tmp_path):
+    refused = {"train.stepps=3": "train.steps", "model.vocab_size=200": "258", "mesh.data=3": "does not fit 1 devices"}
+    for override, message in refused.items():
+        code, errors = finish(start(tmp_path / "run", override))
+        assert code == 2
+        assert message in errors
+        assert "Traceback" not in errors
+
+
+def test_a_run_that_diverges_is_1(tmp_path, capfd):
+    words = [f"run.dir={tmp_path}/run", f"data.cache_dir={tmp_path}/data", "schedule.learning_rate=1e30", "schedule.warmup_steps=0"]
+    assert train.main([str(ROOT / "tests" / "tiny.yml"), *words, "guard.max_skipped=2", "guard.max_rollbacks=1"]) == 1
+    assert "steps in a row were skipped after 1 rollbacks" in capfd.readouterr().err
+
+
+def test_dry_run_of_a_large_model_makes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert train.main([str(ROOT / "configs/models/llama3.1-8b.yml"), "data.length=8192", "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "8,030,261,248" in text  # the published size
+    norms = (2 * 32 + 1) * 4096  # on every device; the rest is split over the 8
+    assert f"{(8_030_261_248 - norms) * 4 // 8 + norms * 4:,}" in text
+    assert "activations (an estimate)" in text
+    assert "fsdp=8" in text
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert finish(start(one, devices=4))[0] == 0
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mesh = [f"mesh.coordinator=127.0.0.1:{port}", "mesh.num_processes=2"]
+    processes = [start(two, *mesh, f"mesh.process_id={index}", devices=2) for index in range(2)]
+    try:
+        for process in processes:
+            code, errors = finish(process)
+            assert code == 0, errors
+    finally:
+        for process in processes:
+            process.kill()
+    for found, wanted in zip(losses(two), losses(one), strict=True):
+        assert found[0] == wanted[0]
+        np.testing.assert_allclose(found[1], wanted[1], rtol=1e-5)
+        np.testing.assert_allclose(found[2], wanted[2], rtol=1e-4)
