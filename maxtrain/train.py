@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> int:
     except loop.Stopped:
         return 75
     except (loop.Diverged, OSError) as error:  # OSError: a full disk, a lost file system
-        print(error, file=sys.stderr)
+        print(f"{config.run.folder}: the run cannot go on: {error}", file=sys.stderr)
         return 1
     return 0
 

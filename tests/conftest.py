@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -11,7 +12,7 @@ if "MAXTRAIN_TEST_CACHE" not in os.environ:  # the workers of xdist and the proc
     os.environ["MAXTRAIN_TEST_CACHE"] = tempfile.mkdtemp(prefix="maxtrain-xla-")
     atexit.register(shutil.rmtree, os.environ["MAXTRAIN_TEST_CACHE"], ignore_errors=True)
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["MAXTRAIN_TEST_CACHE"]
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import pytest
 
@@ -31,3 +32,19 @@ def pytest_collection_modifyitems(config, items):
 def cache_dir(tmp_path_factory):
     """A folder for prepared data, shared by the tests of one worker."""
     return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, cache_dir):
+    """The folder of a finished run of tiny.yml, trained on one device."""
+    import jax
+
+    from maxtrain.config import load
+    from maxtrain.parallel import mesh
+    from maxtrain.training.loop import Trainer
+
+    folder, make_mesh = tmp_path_factory.mktemp("trained") / "run", mesh.make_mesh
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mesh, "make_mesh", lambda cfg: make_mesh(cfg, jax.devices()[:1]))
+        Trainer(load(Path(__file__).parent / "tiny.yml", [f"run.dir={folder}", f"data.cache_dir={cache_dir}"]).config).fit()
+    return folder

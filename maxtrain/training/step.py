@@ -50,7 +50,7 @@ def make_train_step(config: schema.Config, loss_fn: LossFn) -> Callable[[TrainSt
         grads, total, sums = accumulate(loss_fn, state.model, batch, config.train.microbatches)
         tokens = jnp.maximum(sums["tokens"], 1.0)
         grads = jax.tree.map(lambda g: g / tokens, grads)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         ok, guard = watch(state.guard, total / tokens, norm, config.guard)
         clip = 1.0 if config.optimizer.clip_norm is None else jnp.minimum(1.0, config.optimizer.clip_norm / (norm + 1e-12))
         direction, opt_state = optimizer.update(jax.tree.map(lambda g: g * clip, grads), state.opt_state, state.model)
@@ -58,7 +58,7 @@ def make_train_step(config: schema.Config, loss_fn: LossFn) -> Callable[[TrainSt
         updates = jax.tree.map(lambda d: -lr * d, decay(direction, state.model, config.optimizer))
         new = jax.tree.map(lambda p, u: (p + u).astype(p.dtype), state.model, updates), opt_state
         model, opt_state = jax.tree.map(lambda after, before: jnp.where(ok, after, before), new, (state.model, state.opt_state))
-        metrics = sums | {"objective": total / tokens, "grad_norm": norm, "param_norm": optax.global_norm(model), "lr": lr, "skipped": ~ok}
+        metrics = sums | {"objective": total / tokens, "grad_norm": norm, "param_norm": optax.tree.norm(model), "lr": lr, "skipped": ~ok}
         metrics["skipped_in_a_row"] = guard.skipped_in_a_row
         return TrainState(model, opt_state, state.step + 1, state.data_step + 1, guard), metrics
 

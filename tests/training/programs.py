@@ -1,11 +1,14 @@
 """Tiny programs and batches for the tests of this folder."""
 
 import functools
+import itertools
+from unittest import mock
 
 import jax
 import numpy as np
 
 from maxtrain.config import schema
+from maxtrain.ops.attention import Context
 from maxtrain.parallel import mesh
 from maxtrain.parallel.sharding import Layout
 from maxtrain.training.program import make_program, put_batch
@@ -13,9 +16,9 @@ from maxtrain.training.program import make_program, put_batch
 MOE = {"slots": {"layer": schema.Slot(feed_forward="moe")}}
 EXPERTS = {"num_experts": 4, "experts_per_token": 2, "mlp": 40}
 MODELS = {
-    "dense": schema.Model(embed=32, mlp=64),
-    "dropless": schema.Model(embed=32, moe=schema.Moe(**EXPERTS), **MOE),
-    "capacity": schema.Model(embed=32, moe=schema.Moe(**EXPERTS, dispatch="capacity"), **MOE),
+    "dense": schema.Model(embed=32, mlp=64, layers="scan"),
+    "dropless": schema.Model(embed=32, layers="scan", moe=schema.Moe(**EXPERTS), **MOE),
+    "capacity": schema.Model(embed=32, layers="scan", moe=schema.Moe(**EXPERTS, dispatch="capacity"), **MOE),
 }
 BATCH, LENGTH = 8, 48
 
@@ -38,31 +41,69 @@ def build(config, num_sources=1, loss_fn=None):
     return make_program(mesh.resolve(config, device_mesh), Layout(device_mesh, config.mesh.rules), num_sources, loss_fn)
 
 
-@functools.cache
-def batches(count, seed=0):
+def draw_batches():
     """Batches of varied text-like tokens: two documents a row, a fifth of the positions without weight."""
-    rng, found = np.random.default_rng(seed), []
+    rng = np.random.default_rng(0)
     positions = np.tile(np.concatenate([np.arange(LENGTH - 20), np.arange(20)]), (BATCH, 1)).astype(np.int32)
     segments = np.tile(np.repeat([1, 2], [LENGTH - 20, 20]), (BATCH, 1)).astype(np.int32)
-    for _ in range(count):
+    while True:
         tokens = (rng.integers(0, 250, (BATCH, LENGTH + 1)) ** 2 // 250).astype(np.int32)  # low ids are frequent
-        weights = (rng.random((BATCH, LENGTH)) < 0.8).astype(np.float32)
-        found.append(
-            {
-                "tokens": tokens[:, :-1],
-                "targets": tokens[:, 1:],
-                "positions": positions,
-                "segments": segments,
-                "weights": weights,
-                "source": (np.arange(BATCH, dtype=np.int32) % 2),
-            }
-        )
+        yield {
+            "tokens": tokens[:, :-1],
+            "targets": tokens[:, 1:],
+            "positions": positions,
+            "segments": segments,
+            "weights": (rng.random((BATCH, LENGTH)) < 0.8).astype(np.float32),
+            "source": (np.arange(BATCH, dtype=np.int32) % 2),
+        }
+
+
+@functools.cache
+def batches(count):
+    """The first `count` batches."""
+    return list(itertools.islice(draw_batches(), count))
+
+
+@functools.cache
+def decided_batches(model, count=20):
+    """Batches for a run of a mixture of experts in which the router leaves no token near a tie.
+
+    Between two experts of equal probability, rounding alone would choose, and each layout rounds in its own way.
+    """
+    program, gaps, found, top_k = build(make_config(model), 2), [], [], jax.lax.top_k
+
+    def watched(probabilities, k):
+        values, experts = top_k(probabilities, k + 1)
+        jax.debug.callback(gaps.append, (values[..., :-1] - values[..., 1:]).min())
+        return values[..., :k], experts[..., :k]
+
+    forward = jax.jit(lambda model, batch: model(batch["tokens"], Context(batch["positions"], batch["segments"])).hidden)
+    state, candidates = program.create(0), draw_batches()
+    while len(found) < count:
+        batch = next(candidates)
+        with mock.patch.object(jax.lax, "top_k", watched):
+            jax.block_until_ready(forward(state.model, batch))
+        jax.effects_barrier()
+        if min(gaps) > 1e-4:
+            found.append(batch)
+            _, state = run(program, [batch], state)
+        gaps.clear()
     return found
+
+
+_compiled = {}
+
+
+def compiled(program):
+    """The compiled step of a program, kept as long as the tests run."""
+    if id(program) not in _compiled:
+        _compiled[id(program)] = program, program.lower_step().compile()
+    return _compiled[id(program)][1]
 
 
 def run(program, given, state=None):
     """Metrics of one step for each batch, and the state after them."""
-    step, spec = program.lower_step().compile(), program.batch(BATCH, LENGTH)
+    step, spec = compiled(program), program.batch(BATCH, LENGTH)
     state = program.create(0) if state is None else state
     rows = []
     for batch in given:

@@ -3,19 +3,26 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from programs import BATCH, LENGTH, MODELS, batches, build, losses, make_config, norms, run
+from programs import BATCH, LENGTH, MODELS, batches, build, decided_batches, losses, make_config, norms, run
 
+from maxtrain.checkpoint.orbax import Checkpointer
 from maxtrain.config import schema
 from maxtrain.parallel.sharding import is_param, kind
 from maxtrain.training import state as states
 from maxtrain.training.optimizer import make_schedule
 
 
+def steady(model):
+    """The batches that a kind of model is compared on."""
+    return batches(20) if model == "dense" else decided_batches(model)
+
+
 @functools.cache
 def one_device(model):
-    return run(build(make_config(model), 2), batches(20))[0]
+    return run(build(make_config(model), 2), steady(model))[0]
 
 
 def assert_same(rows, reference):
@@ -23,16 +30,15 @@ def assert_same(rows, reference):
     np.testing.assert_allclose(norms(rows), norms(reference), rtol=1e-4)
 
 
-# pairs of (devices, microbatches) for every kind of model; all of them in the long tier
-SHORT = [("dense", 1, 2, 1), ("dense", 4, 1, 2), ("dense", 2, 4, 1), ("dropless", 2, 2, 2), ("dropless", 1, 8, 1), ("capacity", 8, 1, 1)]
-SHORT += [("dense", 1, 1, 4), ("capacity", 1, 1, 4), ("dropless", 1, 1, 2)]
+# (model, data, fsdp, microbatches): every value of each once, and all combinations in the long tier
+SHORT = [("dense", 1, 2, 4), ("dense", 2, 4, 1), ("dropless", 2, 2, 2), ("capacity", 8, 1, 1)]
 LONG = [(m, d, f, n) for m in MODELS for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) for n in (1, 2, 4) if d * f * n <= BATCH and d * f * n > 1]
 
 
 @pytest.mark.parametrize(("model", "data", "fsdp", "microbatches"), SHORT)
 def test_mesh_and_microbatches_change_nothing(model, data, fsdp, microbatches):
     config = make_config(model, data=data, fsdp=fsdp, microbatches=microbatches)
-    assert_same(run(build(config, 2), batches(20))[0], one_device(model))
+    assert_same(run(build(config, 2), steady(model))[0], one_device(model))
 
 
 @pytest.mark.slow
@@ -41,23 +47,31 @@ def test_mesh_and_microbatches_change_nothing_at_all(model, data, fsdp, microbat
     test_mesh_and_microbatches_change_nothing(model, data, fsdp, microbatches)
 
 
-def test_scan_gives_the_unrolled_losses_and_checkpoint():
+def test_scan_gives_the_unrolled_losses_and_checkpoint(tmp_path):
     slots = {"local": schema.Slot(window=9), "moe": schema.Slot(feed_forward="moe")}
     model = schema.Model(
-        embed=32, mlp=64, num_layers=6, slots=slots, prefix=("local",), layer_pattern=("local", "moe"), moe=MODELS["dropless"].moe
+        embed=32, mlp=64, num_layers=6, slots=slots, prefix=("local",), layer_pattern=("local", "moe"), moe=MODELS["capacity"].moe
     )
-    results, saved, programs = {}, {}, {}
-    for layers in ("scan", "unroll"):
-        programs[layers] = build(make_config(model.model_copy(update={"layers": layers})))
-        results[layers], state = run(programs[layers], batches(6))
-        saved[layers] = states.stack(state)
-    assert_same(results["scan"], results["unroll"])
-    flat = {layers: jax.tree_util.tree_flatten_with_path(arrays) for layers, arrays in saved.items()}
-    assert [(path, leaf.shape) for path, leaf in flat["scan"][0]] == [(path, leaf.shape) for path, leaf in flat["unroll"][0]]
-    # what one saved, the other goes on from
-    moved = states.unstack(saved["scan"], programs["unroll"].state)
-    back = states.unstack(states.stack(moved), programs["scan"].state)
-    for a, b in zip(jax.tree.leaves(states.stack(back)), jax.tree.leaves(saved["scan"]), strict=True):
+    rows, saved, programs = {}, {}, {}
+    with Checkpointer(str(tmp_path), schema.Checkpoint()) as checkpoints:
+        for step, layers in enumerate(("scan", "unroll")):
+            programs[layers] = build(make_config(model.model_copy(update={"layers": layers})))
+            rows[layers], state = run(programs[layers], decided_batches(model, 6))
+            saved[layers] = states.stack(state)
+            checkpoints.save(step, saved[layers], {})
+        assert_same(rows["scan"], rows["unroll"])
+        for step, (layers, other) in enumerate((("scan", "unroll"), ("unroll", "scan"))):
+            like = programs[other].state
+            restored = states.unstack(checkpoints.restore(step, states.stack(like)), like)
+            assert jax.tree.structure(restored) == jax.tree.structure(like)
+            assert_identical(states.stack(restored), saved[layers])  # by names and bits
+
+
+def assert_identical(found, wanted):
+    """The same names, formats and bits."""
+    (found, _), (wanted, _) = map(jax.tree_util.tree_flatten_with_path, (found, wanted))
+    assert [(path, leaf.dtype) for path, leaf in found] == [(path, leaf.dtype) for path, leaf in wanted]
+    for (_, a), (_, b) in zip(found, wanted, strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -69,7 +83,7 @@ def test_initial_values_do_not_depend_on_the_mesh():
 
 def test_name_changes_nothing():
     renamed = make_config(run=schema.Run(name="deepseek3-llama3.1"))
-    np.testing.assert_array_equal(losses(run(build(renamed, 2), batches(5))[0]), losses(one_device("dense"))[:5])
+    np.testing.assert_array_equal(losses(run(build(renamed, 2), batches(20)[:5])[0]), losses(one_device("dense"))[:5])
 
 
 def test_sources_add_up():
@@ -79,14 +93,25 @@ def test_sources_add_up():
 
 
 def test_positions_without_weight_have_no_influence():
-    given = batches(1)[0]
+    given = batches(20)[0]
     changed = given | {"targets": np.where(given["weights"] == 0, 7, given["targets"])}
-    program = build(make_config())
-    (a,), state_a = run(program, [given])
-    (b,), state_b = run(program, [changed])
+    program = build(make_config(), 2)
+    (a, b), (first, second) = zip(*(((rows[0]), state.model) for rows, state in (run(program, [x]) for x in (given, changed))), strict=True)
     assert a["loss"] == b["loss"]
-    for x, y in zip(jax.tree.leaves(state_a.model), jax.tree.leaves(state_b.model), strict=True):
-        np.testing.assert_array_equal(x, y)
+    assert_identical(first, second)
+
+
+@pytest.mark.parametrize("model", ["dropless", "capacity"])
+def test_padding_has_no_influence(model):
+    """Not in attention, not in an expert's capacity, not in the balancing loss."""
+    given = batches(20)[0]
+    padding = np.arange(LENGTH) >= LENGTH - 15
+    blank = {"segments": np.where(padding, 0, given["segments"]), "weights": np.where(padding, 0, given["weights"])}
+    gradient = jax.jit(jax.value_and_grad(build(make_config(model)).loss_fn, has_aux=True))
+    state = build(make_config(model)).create(0)
+    found = [gradient(state.model, given | blank | {"tokens": np.where(padding, t, given["tokens"])}) for t in (3, given["tokens"][::-1])]
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_custom_loss():
@@ -94,7 +119,7 @@ def test_custom_loss():
         total = sum((leaf**2).sum() for leaf in jax.tree.leaves(model))
         return total, {"tokens": batch["weights"].sum(), "loss": total}
 
-    rows, _ = run(build(make_config(), loss_fn=loss_fn), batches(5))
+    rows, _ = run(build(make_config(), loss_fn=loss_fn), batches(20)[:5])
     assert rows[-1]["loss"] < rows[0]["loss"]
 
 
@@ -114,7 +139,7 @@ def test_adamw_against_numpy():
     state = program.create(0)
     leaves = jax.tree.leaves(state.model, is_leaf=is_param)
     decays = [kind(leaf.get_metadata("axes")) == "matrix" for leaf in leaves]
-    assert sum(decays) == 2 * 7  # q, k, v, out, gate, up, down of two layers: no norm, no embedding
+    assert sum(decays) == 7  # the stacked q, k, v, out, gate, up, down: no norm, no embedding
     values = [np.asarray(leaf.get_value(), np.float64) for leaf in leaves]
     moments = [(np.zeros_like(v), np.zeros_like(v)) for v in values]
     rates = [1e-3 * min(1, (i + 1) / 4) * (0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * max(0, i - 4) / 16))) for i in range(6)]
@@ -127,7 +152,7 @@ def test_adamw_against_numpy():
             moments[j] = m, v
             direction = m / (1 - 0.9 ** (i + 1)) / (np.sqrt(v / (1 - 0.95 ** (i + 1))) + 1e-8)
             values[j] = values[j] - lr * (direction + (0.2 * values[j] if decay else 0))
-    rows, state = run(program, batches(6), state)
+    rows, state = run(program, batches(20)[:6], state)
     np.testing.assert_allclose([row["lr"] for row in rows], rates, rtol=1e-5)
     for want, got in zip(values, jax.tree.leaves(state.model), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
@@ -150,44 +175,55 @@ def test_schedules(section, want):
 # ----------------------------------------------------------------------------------------------------------- guard
 
 
-def poisoned(loss_of):
-    """A loss that is `loss_of(plain loss, batch)`."""
-    plain = build(make_config()).loss_fn
+FACTORS = (1.0, float("nan"), float("inf"), 50.0)
+
+
+@functools.cache
+def poisonable(**keys):
+    """A program whose loss is multiplied by the factor that the batch's `source` numbers."""
+    config = make_config(guard=schema.Guard(window=8, **keys))
+    plain = build(config).loss_fn
 
     def loss_fn(model, batch):
         total, sums = plain(model, batch)
-        factor = loss_of(batch)
+        factor = jnp.array(FACTORS)[batch["source"][0]]
         return total * factor, sums | {"loss": sums["loss"] * factor}
 
-    return loss_fn
+    return build(config, loss_fn=loss_fn)
 
 
-@pytest.mark.parametrize(("factor", "counted"), [(float("nan"), 10), (float("inf"), 10), (50.0, 9)])
+def marked(batch, factor):
+    return batch | {"source": np.full(BATCH, FACTORS.index(factor), np.int32)}
+
+
+@pytest.mark.parametrize(("factor", "counted"), [(FACTORS[1], 4), (FACTORS[2], 10), (50.0, 9)])
 def test_bad_steps_leave_the_state_alone(factor, counted):
-    """Token 257 marks the bad batch. A finite spike is only known once the window of recent steps is full."""
-    config = make_config(guard=schema.Guard(window=8, spike_sigmas=6.0))
-    bad = poisoned(lambda batch: jax.numpy.where((batch["tokens"] == 257).any(), factor, 1.0))
-    program = build(config, loss_fn=bad)
-    given = list(batches(10))
+    """A finite spike is only known once the window of recent steps is full."""
+    program, given = poisonable(), batches(20)
     early, state = run(program, given[:counted])
     assert not any(row["skipped"] for row in early)
     before = jax.device_get((state.model, state.opt_state))
-    marked = given[9] | {"tokens": np.full((BATCH, LENGTH), 257, np.int32)}
-    (row, again), after = run(program, [marked, marked], state)
-    assert (row["skipped"], row["skipped_in_a_row"], again["skipped_in_a_row"]) == (True, 1, 2)
+    bad = marked(given[counted], factor)
+    (row, again), after = run(program, [bad, bad], state)
+    assert row["skipped"]
+    assert (row["skipped_in_a_row"], again["skipped_in_a_row"]) == (1, 2)
     for a, b in zip(jax.tree.leaves(before), jax.tree.leaves((after.model, after.opt_state)), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert (int(after.step), int(after.guard.counted)) == (counted + 2, counted)
-    (row,), _ = run(program, [given[0]], after)
-    assert (row["skipped"], row["skipped_in_a_row"]) == (False, 0)
+    assert (int(after.step), int(after.data_step), int(after.guard.counted)) == (counted + 2, counted + 2, counted)
+    (row,), _ = run(program, [given[counted]], after)
+    assert not row["skipped"]
+    assert row["skipped_in_a_row"] == 0
+
+
+def test_a_spike_before_the_window_is_full_counts():
+    rows, _ = run(poisonable(), [*batches(20)[:5], marked(batches(20)[5], 50.0)])
+    assert not rows[-1]["skipped"]
 
 
 def test_spikes_pass_when_switched_off():
-    bad = poisoned(lambda batch: jax.numpy.where((batch["tokens"] == 257).any(), 50.0, 1.0))
-    program = build(make_config(guard=schema.Guard(window=8, spike_sigmas=None)), loss_fn=bad)
-    marked = batches(1)[0] | {"tokens": np.full((BATCH, LENGTH), 257, np.int32)}
-    rows, _ = run(program, [*batches(9), marked])
+    rows, _ = run(poisonable(spike_sigmas=None), [*batches(20)[:9], marked(batches(20)[9], 50.0)])
     assert not rows[-1]["skipped"]
+    assert rows[-1]["grad_norm"] > 10 * rows[-2]["grad_norm"]
 
 
 # --------------------------------------------------------------------------------------------------------- compile
