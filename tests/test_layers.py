@@ -10,7 +10,9 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent / "maxtrain"
 RANK = {
     name: rank
-    for rank, names in enumerate([["config"], ["parallel"], ["ops"], ["models", "data"], ["checkpoint"], ["training"]])
+    for rank, names in enumerate(
+        [["config"], ["parallel"], ["ops"], ["models", "data"], ["checkpoint"], ["training", "serving"], ["posttrain"]]
+    )
     for name in names
 }
 FILES = sorted(ROOT.rglob("*.py"))
@@ -52,7 +54,7 @@ def test_import_and_help_load_no_jax():
 
 
 def test_size():
-    """The core stays below 6,000 lines, files below 450."""
+    """The package stays below 15,000 lines, files below 450."""
     lines = {path: len(path.read_text().splitlines()) for path in FILES}
-    assert sum(lines.values()) < 6000
+    assert sum(lines.values()) < 15000
     assert not [path for path, count in lines.items() if count > 450]
