@@ -37,6 +37,7 @@ def maxtrain_step(model: dict, batch: int, length: int):
         guard=schema.Guard(spike_sigmas=None),
         run=schema.Run(compile_cache=None),
     )
+    mesh.start(config.run, config.mesh)
     device_mesh = mesh.make_mesh(config.mesh)
     program = make_program(mesh.resolve(config, device_mesh), Layout(device_mesh, config.mesh.rules))
     compiled, state = program.lower_step().compile(), program.create(0)
