@@ -1,0 +1,125 @@
+"""Weights of others, whatever the file they come from: checked against the family's table by name and shape, then moved
+tensor by tensor into their shards; and the same way out."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maxtrain.config import schema
+from maxtrain.config.errors import Refused
+from maxtrain.models import families
+from maxtrain.models.decoder import Decoder
+from maxtrain.models.families import Family, Form, Row
+from maxtrain.parallel.sharding import parameter_table, stacked_name
+
+
+class Weights(Protocol):
+    """A model in a file or folder of others: what is needed to import it."""
+
+    place: str
+    """What messages call it."""
+    family: Family
+    model: schema.Model
+    """The section of the config that its own config amounts to."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """Every tensor by the name it has in Hugging Face's format."""
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor, dequantised if need be, in a floating-point format."""
+
+    def save_tokenizer(self, folder: str) -> bool:
+        """Write tokenizer and chat template in Hugging Face's format; False where there is none."""
+
+
+def parameter_shapes(model: schema.Model) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter of an unrolled model."""
+    described = Decoder(model.model_copy(update={"layers": "unroll"}), schema.Precision(compute="float32"), schema.Remat())
+    return {name: parameter.shape for name, parameter in parameter_table(described).items()}
+
+
+def check(weights: Weights) -> list[tuple[Row, Form]]:
+    """The rows of the table with the form each has in these weights.
+
+    Raises:
+        Refused: a tensor is missing, is too much or has another shape than the config says.
+    """
+    rows, ours = list(weights.family.rows(weights.model)), parameter_shapes(weights.model)
+    covered = [name for row in rows for name in row.ours]
+    assert sorted(covered) == sorted(ours), f"the table of {weights.family.model_type} misses {set(ours) ^ set(covered)}"
+    chosen = [(row, families.choose(row, weights.shapes)) for row in rows]
+    expected = {name: shape for row, form in chosen for name, shape in row.shapes(form, ours).items()}
+    problems = [f"{name} {list(shape)} is missing" for name, shape in expected.items() if name not in weights.shapes]
+    for name, shape in weights.shapes.items():
+        if name in expected and shape != expected[name]:
+            problems.append(f"{name} is {list(shape)}, the config makes it {list(expected[name])}")
+        elif name not in expected and not _surplus(weights, name):
+            problems.append(f"{name} {list(shape)} belongs to no parameter of this model")
+    if problems:
+        more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise Refused(
+            f"{weights.place}: its tensors are not those of its config:\n  " + "\n  ".join(problems[:10]) + more + "\n"
+            "take the config and the weights of one and the same model"
+        )
+    return chosen
+
+
+def _surplus(weights: Weights, name: str) -> bool:
+    tied = weights.model.tie_embeddings and name == "lm_head.weight"  # some files repeat a tied head
+    return tied or any(re.fullmatch(pattern, name) for pattern in weights.family.surplus)
+
+
+def load(weights: Weights, described: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """The parameters, each in the format and the shards that `described` (name below the model -> description) gives.
+
+    Layers may be described one by one or stacked. The host holds the tensors of one row at a time.
+
+    Raises:
+        Refused: names or shapes do not fit; nothing has been read then.
+    """
+    chosen, arrays = check(weights), dict[str, jax.Array]()
+    for row, form in chosen:
+        for name, value in zip(row.ours, form.transform.load([weights.read(name) for name in form.names]), strict=True):
+            if name in described:
+                arrays[name] = _place(value, described[name])
+                continue
+            stack, index = stacked_name(name)
+            spec = described[stack]
+            if stack not in arrays:
+                arrays[stack] = jnp.zeros(spec.shape, spec.dtype, device=spec.sharding)
+            arrays[stack] = _put(spec.sharding)(arrays[stack], value.astype(spec.dtype), index)
+    assert arrays.keys() == described.keys(), arrays.keys() ^ described.keys()
+    return arrays
+
+
+def _place(value: np.ndarray, spec: jax.ShapeDtypeStruct) -> jax.Array:
+    """An array on the devices from one on the host, a shard at a time."""
+    assert value.shape == spec.shape
+    if spec.sharding is None:
+        return jnp.asarray(np.ascontiguousarray(value, spec.dtype))
+    return jax.make_array_from_callback(spec.shape, spec.sharding, lambda index: np.ascontiguousarray(value[index], spec.dtype))
+
+
+@functools.cache
+def _put(sharding: Any) -> Callable[..., jax.Array]:
+    """A compiled function that writes one layer into a stack in place."""
+    return jax.jit(lambda stack, layer, index: stack.at[index].set(layer), donate_argnums=0, out_shardings=sharding)
+
+
+def save(model: schema.Model, family: Family, read: Callable[[str], Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and array of every tensor in the family's published form; `read` gives a parameter by its unrolled name."""
+    for row in family.rows(model):
+        form = row.forms[0]
+        yield from zip(form.names, form.transform.save([np.asarray(read(name)) for name in row.ours]), strict=True)
+
+
+def saved_shapes(model: schema.Model, family: Family) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that `save` yields, in its order."""
+    ours = parameter_shapes(model)
+    return {name: shape for row in family.rows(model) for name, shape in row.shapes(row.forms[0], ours).items()}

@@ -1,0 +1,60 @@
+"""Families of models: one file each, tables that import from and export to Hugging Face derive from.
+
+A new family is a file with `FAMILIES` and its name in `MODULES`; a new size of a known family needs nothing here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from maxtrain.config import schema
+from maxtrain.config.errors import Refused
+from maxtrain.config.keys import did_you_mean
+from maxtrain.models.families import llama, mixtral
+from maxtrain.models.families.family import Family
+from maxtrain.models.families.tensors import Form, Row
+
+MODULES = (
+    llama,
+    mixtral,
+)
+FAMILIES: Mapping[str, Family] = {family.model_type: family for module in MODULES for family in module.FAMILIES}
+
+__all__ = ["FAMILIES", "Family", "Form", "Row", "choose", "of_config", "of_model"]
+
+
+def of_config(config: Mapping[str, Any], place: str = "config.json") -> Family:
+    """The family of a config.json.
+
+    Raises:
+        Refused: it is of no known family.
+    """
+    name = config.get("model_type")
+    if not isinstance(name, str) or name not in FAMILIES:
+        near = did_you_mean(name, list(FAMILIES)) if isinstance(name, str) else ""
+        raise Refused(f"{place}: model_type = {name!r} is not supported{near}: allowed are {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[name]
+
+
+def of_model(model: schema.Model, name: str | None = None) -> tuple[Family, dict[str, Any]]:
+    """A family that describes this very model, and the config.json it writes: the named one or the first that fits.
+
+    Raises:
+        Refused: no family does, with what each would lose.
+    """
+    if name is not None and name not in FAMILIES:
+        raise Refused(f"family {name!r} is not known{did_you_mean(name, list(FAMILIES))}: allowed are {', '.join(sorted(FAMILIES))}")
+    reasons = []
+    for family in FAMILIES.values() if name is None else (FAMILIES[name],):
+        try:
+            return family, family.config(model)
+        except Refused as refusal:
+            reasons.append(str(refusal))
+    raise Refused("no family of Hugging Face describes this model:\n  " + "\n  ".join(reasons))
+
+
+def choose(row: Row, available: Iterable[str] | Mapping[str, Any]) -> Form:
+    """The form of a row that is there in full; else the one of which most is there, for a message that says what is missing."""
+    names = available if isinstance(available, Mapping) else set(available)
+    return max(row.forms, key=lambda form: sum(name in names for name in form.names) / len(form.names))

@@ -1,0 +1,59 @@
+"""Llama (2, 3, 3.1, 3.2), SmolLM2 and all else of model type `llama`; Mistral, which adds a sliding window."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from maxtrain.config import schema
+from maxtrain.models.families import rope
+from maxtrain.models.families.family import Family, base, base_config
+from maxtrain.models.families.fields import Fields
+from maxtrain.models.families.tensors import Row, attention, ends, gated, layers, same
+
+
+def rows(model: schema.Model) -> Iterator[Row]:
+    """Pre-norm layers of attention and a gated feed-forward."""
+    yield from ends(model)
+    for index, (ours, _) in enumerate(layers(model)):
+        theirs = f"model.layers.{index}."
+        yield same(f"{ours}attention_norm/scale", f"{theirs}input_layernorm.weight")
+        yield from attention(ours, theirs)
+        yield same(f"{ours}feed_forward_norm/scale", f"{theirs}post_attention_layernorm.weight")
+        yield from gated(ours, theirs)
+
+
+def _read_llama(fields: Fields) -> schema.Model:
+    return schema.Model(**base(fields), mlp=fields.need("intermediate_size"), rope=rope.read(fields))
+
+
+def _write_llama(model: schema.Model) -> dict[str, Any]:
+    return {**base_config(model), "intermediate_size": model.mlp, "rope_parameters": rope.write(model.rope)}
+
+
+def _read_mistral(fields: Fields) -> schema.Model:
+    window = fields.values.get("sliding_window", 4096)  # null means none, absent means the default of the class
+    fields.get("sliding_window")
+    slots = {"layer": schema.Slot(window=window)}
+    return schema.Model(**base(fields, max_length=131072), mlp=fields.need("intermediate_size"), rope=rope.read(fields), slots=slots)
+
+
+def _write_mistral(model: schema.Model) -> dict[str, Any]:
+    return {**_write_llama(model), "sliding_window": model.slots[model.kinds[0]].window}
+
+
+FIXED = {"attention_bias": False, "mlp_bias": False, "rope_interleaved": False}
+SURPLUS = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)  # saved by early versions of transformers
+FAMILIES = (
+    Family(
+        "llama",
+        "LlamaForCausalLM",
+        _read_llama,
+        _write_llama,
+        rows,
+        ignored=frozenset({"pretraining_tp", "is_llama_config"}),  # the first only cuts products into parts
+        fixed=FIXED,
+        surplus=SURPLUS,
+    ),
+    Family("mistral", "MistralForCausalLM", _read_mistral, _write_mistral, rows, surplus=SURPLUS),
+)

@@ -1,0 +1,77 @@
+"""Rotary embeddings between a config.json and `schema.Rope`: today's `rope_parameters`, and `rope_theta` with `rope_scaling` before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from maxtrain.config import schema
+from maxtrain.config.errors import Refused
+from maxtrain.models.families.fields import Fields
+
+
+class Scaling(NamedTuple):
+    """How one kind of scaling is read from the fields that describe it (second, those of the whole config), and written."""
+
+    read: Callable[[Fields, Fields], schema.RopeScaling | None]
+    write: Callable[[schema.RopeScaling], dict[str, Any]]
+
+
+def _read_llama3(rope: Fields, config: Fields) -> schema.RopeScaling:
+    return schema.RopeScaling(
+        kind="llama3",
+        factor=rope.need("factor"),
+        low_freq_factor=rope.need("low_freq_factor"),
+        high_freq_factor=rope.need("high_freq_factor"),
+        original_length=rope.need("original_max_position_embeddings"),
+    )
+
+
+def _write_llama3(scaling: schema.RopeScaling) -> dict[str, Any]:
+    return {
+        "rope_type": "llama3",
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low_freq_factor,
+        "high_freq_factor": scaling.high_freq_factor,
+        "original_max_position_embeddings": scaling.original_length,
+    }
+
+
+SCALINGS: Mapping[str, Scaling] = {
+    "default": Scaling(lambda rope, config: None, lambda scaling: {"rope_type": "default"}),
+    "llama3": Scaling(_read_llama3, _write_llama3),
+}
+
+
+def read(config: Fields, theta: float = 10000.0, layer_type: str | None = None) -> schema.Rope:
+    """The rotary embedding of a config.
+
+    Args:
+        config: all its fields.
+        theta: the family's base where the config names none.
+        layer_type: which entry to take where `rope_parameters` has one for each type of layer (`full_attention`).
+
+    Raises:
+        Refused: the kind of scaling is not supported, or both forms are there and differ.
+    """
+    today, before = config.section("rope_parameters"), config.section("rope_scaling")
+    if today is not None and layer_type is not None and isinstance(today.values.get(layer_type), Mapping):
+        today = today.section(layer_type)
+    if today is not None and before is not None and today.values != before.values:
+        raise Refused(f"{config.place}: rope_parameters and rope_scaling differ: remove one of them")
+    outer = config.get("rope_theta", theta)
+    if today is not None and before is None and "rope_theta" in config.values and today.get("rope_theta", outer) != outer:
+        raise Refused(f"{config.place}: rope_theta and rope_parameters.rope_theta differ: remove one of them")
+    scaling = today or before
+    if scaling is None:
+        return schema.Rope(theta=outer)
+    kind = "rope_type" if "rope_type" in scaling.values else "type"
+    if kind == "rope_type":
+        scaling.get("type")  # older files repeat it under this name
+    return schema.Rope(theta=scaling.get("rope_theta", outer), scaling=scaling.one_of(kind, SCALINGS, "default").read(scaling, config))
+
+
+def write(rope: schema.Rope) -> dict[str, Any]:
+    """`rope_parameters` of today's form."""
+    kind = "default" if rope.scaling is None else rope.scaling.kind
+    return {"rope_theta": rope.theta, **SCALINGS[kind].write(rope.scaling)}  # type: ignore[arg-type]

@@ -1,0 +1,64 @@
+"""Tiny configs that switch every mechanism of the Llama family on and off, and the published configs of its presets."""
+
+SIZES = {
+    "hidden_size": 48,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 3,
+    "vocab_size": 97,
+    "intermediate_size": 80,
+    "max_position_embeddings": 128,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+CASES = {
+    "llama": {
+        "tied": SIZES | {"tie_word_embeddings": True, "rms_norm_eps": 1e-5},
+        "untied": SIZES | {"tie_word_embeddings": False, "num_key_value_heads": 6},
+        "llama 3 rope": SIZES | {"rope_parameters": LLAMA3, "rms_norm_eps": 1e-5},
+        "wide heads": SIZES | {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}},
+    },
+    "mistral": {
+        "window": SIZES | {"sliding_window": 16},
+        "no window": SIZES | {"sliding_window": None, "head_dim": 16},
+    },
+}
+
+L31 = {"rope_theta": 500000.0, "rope_scaling": LLAMA3 | {"original_max_position_embeddings": 8192}, "max_position_embeddings": 131072}
+L31["rope_scaling"] = {key: value for key, value in L31["rope_scaling"].items() if key != "rope_theta"}
+L32 = L31 | {"rope_scaling": L31["rope_scaling"] | {"factor": 32.0}, "tie_word_embeddings": True}
+
+
+def sizes(model_type, embed, mlp, layers, heads, kv_heads, vocab, **more):
+    return {
+        "model_type": model_type,
+        "hidden_size": embed,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocab,
+        "rms_norm_eps": 1e-5,
+    } | more
+
+
+PRESETS = {  # preset: (config.json as published, published number of parameters)
+    "llama3.1-8b": (sizes("llama", 4096, 14336, 32, 32, 8, 128256, **L31), 8_030_261_248),
+    "llama3.1-70b": (sizes("llama", 8192, 28672, 80, 64, 8, 128256, **L31), 70_553_706_496),
+    "llama3.1-405b": (sizes("llama", 16384, 53248, 126, 128, 8, 128256, **L31), 405_853_388_800),
+    "llama3.2-1b": (sizes("llama", 2048, 8192, 16, 32, 8, 128256, head_dim=64, **L32), 1_235_814_400),
+    "llama3.2-3b": (sizes("llama", 3072, 8192, 28, 24, 8, 128256, head_dim=128, **L32), 3_212_749_824),
+}
+SMOL = {"max_position_embeddings": 8192, "tie_word_embeddings": True, "rope_interleaved": False, "is_llama_config": True}
+PRESETS |= {
+    "smollm2-135m": (sizes("llama", 576, 1536, 30, 9, 3, 49152, rope_theta=100000, **SMOL), 134_515_008),
+    "smollm2-360m": (sizes("llama", 960, 2560, 32, 15, 5, 49152, rope_theta=100000, **SMOL), 361_821_120),
+    "smollm2-1.7b": (sizes("llama", 2048, 8192, 24, 32, 32, 49152, rope_theta=130000, **SMOL), 1_711_376_384),
+}

@@ -1,0 +1,168 @@
+"""Every family against transformers: import, function, gradients, export, re-import; every preset against its published config.
+
+A family joins by a file in `cases/` with `CASES[model_type][name]`, arguments of its config class, and `PRESETS[preset]`, the
+published config.json and number of parameters.
+"""
+
+import importlib.util
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from maxtrain.checkpoint import huggingface, weights
+from maxtrain.config import load, schema
+from maxtrain.models import families
+from maxtrain.models.decoder import Decoder
+from maxtrain.models.families.family import function
+from maxtrain.ops.attention import Context
+from maxtrain.ops.loss import cross_entropy
+from maxtrain.parallel.sharding import path_name
+
+pytestmark = pytest.mark.slow
+LENGTH = 71  # beyond the window and the original length of the cases
+FOLDER = pathlib.Path(__file__).parents[2] / "configs" / "models"
+
+
+def modules():
+    for path in sorted((pathlib.Path(__file__).parent / "cases").glob("*.py")):
+        spec = importlib.util.spec_from_file_location(f"cases_{path.stem}", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        yield module
+
+
+MODULES = list(modules())
+CASES = {family: cases for module in MODULES for family, cases in module.CASES.items()}
+PRESETS = {name: facts for module in MODULES for name, facts in getattr(module, "PRESETS", {}).items()}
+EVERY = [(family, name) for family, cases in CASES.items() for name in cases]
+
+
+def reference(family, name):
+    """The reference with random weights large enough that every mechanism shows in the logits."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **CASES[family][name]), attn_implementation="eager").eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3) if parameter.ndim > 1 else torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    for key, buffer in model.named_buffers():
+        if key.endswith("bias"):  # a routing bias is no parameter there
+            torch.nn.init.uniform_(buffer, -0.1, 0.1)
+    return model
+
+
+def build(cfg, source):
+    """Our model with the arrays of a folder, and the names of its leaves."""
+    described = Decoder(cfg.model_copy(update={"layers": "unroll"}), schema.Precision(compute="float32"), schema.Remat())
+    paths, tree = jax.tree_util.tree_flatten_with_path(described)
+    names = [path_name(path) for path, _ in paths]
+    arrays = weights.load(source, dict(zip(names, [leaf for _, leaf in paths], strict=True)))
+    return jax.tree.unflatten(tree, [arrays[name] for name in names]), arrays
+
+
+def their_logits(model, tokens):
+    import torch
+
+    with torch.no_grad():
+        return model(torch.tensor(tokens)).logits.numpy()
+
+
+def error(got, want):
+    return np.abs(got - want).max() / np.abs(want).max()
+
+
+def context(tokens):
+    return Context(np.tile(np.arange(tokens.shape[1], dtype=np.int32), (len(tokens), 1)), np.ones(tokens.shape, np.int32))
+
+
+@pytest.mark.parametrize(("family", "name"), EVERY)
+def test_import_export_and_logits(family, name, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    theirs = reference(family, name)
+    theirs.save_pretrained(tmp_path / "theirs")
+    source = huggingface.Folder(tmp_path / "theirs")
+    tokens = np.random.default_rng(0).integers(0, source.model.vocab_size, (2, LENGTH)).astype(np.int32)
+    model, arrays = build(source.model, source)
+    ours = jax.jit(lambda model: model.logits(model(tokens, context(tokens)).hidden))(model)
+    assert error(ours, their_logits(theirs, tokens)) < 1e-4
+
+    (tmp_path / "ours").mkdir()
+    config = huggingface.write(tmp_path / "ours", source.model, arrays.__getitem__, family=family, shard_bytes=30_000)
+    assert config["model_type"] == family
+    again = huggingface.Folder(tmp_path / "ours")
+    assert function(again.model) == function(source.model)
+    _, back = build(again.model, again)
+    for key, array in arrays.items():
+        np.testing.assert_array_equal(back[key], array, err_msg=key)
+    exported, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", attn_implementation="eager", output_loading_info=True, dtype="float32"
+    )
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert error(their_logits(exported, tokens), np.asarray(ours)) < 1e-5
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_gradients(family, tmp_path):
+    """The loss and its gradient for the last of the family's cases."""
+    import torch
+
+    theirs = reference(family, list(CASES[family])[-1])
+    theirs.save_pretrained(tmp_path)
+    source = huggingface.Folder(tmp_path)
+    tokens = np.random.default_rng(0).integers(0, source.model.vocab_size, (2, LENGTH)).astype(np.int32)
+    logits = theirs(torch.tensor(tokens)).logits
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), torch.tensor(tokens[:, 1:]).long().flatten(), reduction="sum")
+    loss.backward()
+    model, _ = build(source.model, source)
+
+    def loss_fn(model):
+        weight = np.ones(tokens.shape, np.float32)
+        weight[:, -1] = 0
+        hidden = model(tokens, context(tokens)).hidden
+        return cross_entropy(hidden, model.head_weights, np.roll(tokens, -1, axis=1), weight, z_loss=0.0, chunk=16)[0]
+
+    ours, gradients = jax.jit(jax.value_and_grad(loss_fn))(model)
+    assert abs(float(ours) - loss.item()) / loss.item() < 1e-5
+    got = named(gradients)
+    grads = {name: parameter.grad.numpy() for name, parameter in theirs.named_parameters()}
+    for row in source.family.rows(source.model):
+        form = families.choose(row, grads)
+        for key, want in zip(row.ours, form.transform.load([grads[name] for name in form.names]), strict=True):
+            assert error(got[key], want) < 1e-3, key
+
+
+def named(model):
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(model)[0]}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_preset_is_the_published_model(preset):
+    """The published config is the preset; its tensors on torch's meta device are those of our table, in number and shape."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config, count = PRESETS[preset]
+    family = families.of_config(config)
+    model = family.model(config)
+    ours = load(FOLDER / f"{preset}.yml").config.model
+    assert function(ours) == function(model)
+    assert families.of_model(ours)[1]["model_type"] in families.FAMILIES
+    arguments = {key: value for key, value in config.items() if key != "model_type"}
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **arguments))
+    found = {name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
+    if model.tie_embeddings:
+        found.pop("lm_head.weight", None)
+    shapes, expected = weights.parameter_shapes(ours), {}
+    for row in family.rows(ours):
+        expected |= row.shapes(families.choose(row, found), shapes)
+    assert found == expected
+    assert sum(int(np.prod(shape, dtype=np.int64)) for shape in found.values()) == count
+
+
+def test_every_preset_has_its_published_config():
+    assert {path.stem for path in FOLDER.glob("*.yml") if not path.stem.endswith("-tiny")} == set(PRESETS)
