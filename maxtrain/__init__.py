@@ -1,3 +1,25 @@
 """MaxTrain: train a language model from a YAML file, on a laptop's CPU first and on pods with the same code."""
 
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from maxtrain.training.pretrained import Pretrained
+
 __version__ = "0.1.0"
+
+
+def load(path: str | os.PathLike[str]) -> Pretrained:
+    """A trained model: a run of MaxTrain or one of its checkpoints, a folder of Hugging Face's, or a GGUF file.
+
+    Returns: an object with `.config`, `.tokenizer` (None where there is none) and `.model`; calling it with tokens
+    int32 [batch, length] gives logits float32 [batch, length, vocab].
+
+    Raises:
+        maxtrain.config.Refused: no trained model is there, it is damaged, or it is of a kind that is not supported.
+    """
+    from maxtrain.training.pretrained import load_pretrained  # jax only from here on
+
+    return load_pretrained(path)

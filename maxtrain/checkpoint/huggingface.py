@@ -17,23 +17,12 @@ from maxtrain.checkpoint import safetensors, weights
 from maxtrain.checkpoint.safetensors import Tensor
 from maxtrain.config import schema
 from maxtrain.config.errors import Refused
+from maxtrain.data import tokenizer
 from maxtrain.models import families
 from maxtrain.models.families import Family
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
 SHARD_BYTES = 5_000_000_000
 
 
@@ -118,8 +107,10 @@ class Folder:
         quantisation = _quantisation(self.config, cited)
         if quantisation is not None:
             self._pair(quantisation)
-        self.shapes: dict[str, tuple[int, ...]] = {name: tensor.shape for name, tensor in self._files.items()}
-        self.shapes |= {name: found.shape(parts[0].shape) for name, (found, parts) in self._parts.items()}
+        self.shapes: Mapping[str, tuple[int, ...]] = {
+            **{name: tensor.shape for name, tensor in self._files.items()},
+            **{name: found.shape(parts[0].shape) for name, (found, parts) in self._parts.items()},
+        }
         odd = [name for name, tensor in self._files.items() if tensor.dtype.name not in ("float64", "float32", "bfloat16", "float16")]
         if odd:
             raise Refused(
@@ -191,14 +182,29 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def copy_tokenizer(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> bool:
-    """Copy tokenizer and chat template from one folder to another; False where there is none."""
-    files = [name for name in TOKENIZER_FILES if os.path.isfile(os.path.join(source, name))]
-    found = bool({"tokenizer.json", "tokenizer.model", "vocab.json"} & set(files))
-    if found:
-        os.makedirs(target, exist_ok=True)
-        for name in files:
-            shutil.copyfile(os.path.join(source, name), os.path.join(target, name))
-    return found
+    """Copy tokenizer and chat template from one folder to another, converting SentencePiece's form; False where there is none.
+
+    Raises:
+        Refused: it must be converted, and the packages for that are not installed.
+    """
+    files = [name for name in ("tokenizer.json", *tokenizer.BESIDE) if os.path.isfile(os.path.join(source, name))]
+    if not {"tokenizer.json", "tokenizer.model", "vocab.json"} & set(files):
+        return False
+    os.makedirs(target, exist_ok=True)
+    for name in files:
+        shutil.copyfile(os.path.join(source, name), os.path.join(target, name))
+    if "tokenizer.json" not in files:
+        try:
+            from transformers import AutoTokenizer
+
+            backend = AutoTokenizer.from_pretrained(os.fspath(source)).backend_tokenizer
+        except Exception as error:  # whatever is missing or unknown there
+            raise Refused(
+                f"{source}: its tokenizer is not in tokenizer.json and could not be converted ({type(error).__name__}: {error}): "
+                "pip install 'maxtrain[hf]', or save it with transformers as a fast tokenizer"
+            ) from None
+        backend.save(os.path.join(target, "tokenizer.json"))
+    return True
 
 
 # --------------------------------------------------------------------------------------------------------- writing

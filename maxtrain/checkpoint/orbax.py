@@ -122,12 +122,20 @@ class Checkpointer:
         good = int(ocp.multihost.broadcast_one_to_all(np.int32(good)))
         return None if good < 0 else good
 
+    def verify(self, step: int) -> None:
+        """Return if every byte of `step` is as written; `Refused` otherwise. For one process."""
+        lines = damage(self._folder(step))
+        if lines:
+            raise Refused(f"the checkpoint {self._folder(step)} is damaged: {'; '.join(lines[:5])}: take another step")
+
     def read_meta(self, step: int) -> dict[str, Any]:
         """The `meta` that `step` was saved with."""
         return json.loads((self._folder(step) / RECORD).read_bytes())["meta"]
 
-    def restore(self, step: int, abstract: Any) -> Any:
+    def restore(self, step: int, abstract: Any, partial: bool = False) -> Any:
         """The arrays of `step`, placed as `abstract` (nested dicts of jax.ShapeDtypeStruct with shardings) says.
+
+        With `partial` the checkpoint may hold more than is asked for: the model without its optimizer.
 
         Mesh and number of devices may differ from those it was saved on. Only for a step from `newest_good`:
         nothing is verified here.
@@ -137,9 +145,9 @@ class Checkpointer:
         """
         self.wait()
         folder = self._folder(step)
-        _check_fit(folder, self._orbax.metadata(folder / ARRAYS).item_metadata.tree, abstract)
+        _check_fit(folder, self._orbax.metadata(folder / ARRAYS).item_metadata.tree, abstract, partial)
         places = ocp.checkpoint_utils.construct_restore_args(abstract)
-        return self._orbax.restore(folder / ARRAYS, args=ocp.args.PyTreeRestore(abstract, restore_args=places))
+        return self._orbax.restore(folder / ARRAYS, args=ocp.args.PyTreeRestore(abstract, restore_args=places, partial_restore=partial))
 
     # ---------------------------------------------------------------------------------------------- behind the scenes
 
@@ -220,10 +228,10 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _check_fit(folder: Path, saved: Any, wanted: Any) -> None:
+def _check_fit(folder: Path, saved: Any, wanted: Any, partial: bool) -> None:
     """Refuse unless the arrays of both trees have the same names, shapes and formats; Orbax casts without a word."""
     has, needs = _describe(saved), _describe(wanted)
-    differing = [name for name in sorted(has | needs) if has.get(name) != needs.get(name)]
+    differing = [name for name in sorted(needs if partial else has | needs) if has.get(name) != needs.get(name)]
     if not differing:
         return
     lines = [f"  {name}: {has.get(name, 'absent')} in the checkpoint, {needs.get(name, 'absent')} in this run" for name in differing[:10]]

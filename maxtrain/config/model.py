@@ -122,6 +122,9 @@ class Model(Section):
     """`scan` compiles one period whatever the depth, `unroll` is faster on CPU; `auto` chooses by platform. Checkpoints are the same."""
     init_scale: PositiveFloat = 1.0
     """Factor on the standard deviation of the initial weights (1 / sqrt(fan in); 0.02 for embeddings)."""
+    init_from: str | None = None
+    """Start from the weights of a run or checkpoint of MaxTrain, a folder of Hugging Face's or a GGUF file. Its config takes the place
+    of this section if nothing else is set here, its tokenizer that of `data.tokenizer` if that is not set; otherwise they must agree."""
 
     @field_validator("slots", mode="after")
     @classmethod
@@ -136,6 +139,8 @@ class Model(Section):
             raise ValueError(f"embed={self.embed} is not a multiple of num_heads={self.num_heads}: set head_dim")
         if self.head_width % 2:
             raise ValueError(f"the head width {self.head_width} is odd: rotary embedding needs an even one")
+        if self.init_from is not None and "init_scale" in self.changed:
+            raise ValueError("init_scale has no effect with init_from: remove one of them")
         if not self.layer_pattern:
             raise ValueError("layer_pattern is empty: name at least one slot")
         unknown = sorted({*self.prefix, *self.layer_pattern} - set(self.slots))
@@ -154,6 +159,11 @@ class Model(Section):
     def head_width(self) -> int:
         """Width of a head."""
         return self.head_dim or self.embed // self.num_heads
+
+    @property
+    def deferred(self) -> bool:
+        """Whether the section is still to be taken from the config of `init_from`."""
+        return self.init_from is not None and self.changed <= {"init_from", "layers"}
 
     @property
     def num_periods(self) -> int:

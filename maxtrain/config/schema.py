@@ -288,9 +288,10 @@ class Config(Section):
 
         if self.data.batch_size % self.train.microbatches:
             refuse("train.microbatches", f"{self.train.microbatches} does not divide data.batch_size={self.data.batch_size}")
-        if self.data.length > self.model.max_length:
+        known = not self.model.deferred  # else sizes are checked when the config of init_from has been read
+        if known and self.data.length > self.model.max_length:
             refuse("data.length", f"{self.data.length} is longer than model.max_length={self.model.max_length}")
-        if (self.eval.length or 0) > self.model.max_length:
+        if known and (self.eval.length or 0) > self.model.max_length:
             refuse("eval.length", f"{self.eval.length} is longer than model.max_length={self.model.max_length}")
         stride, window = self.eval_stride, self.eval_length
         if stride > window:
@@ -300,7 +301,7 @@ class Config(Section):
         elif self.schedule.warmup_steps + (self.schedule.decay_steps or 0) > self.train.steps:
             refuse("schedule.decay_steps", f"warm-up and decay together are longer than train.steps={self.train.steps}")
         least = {"byte": 258, "bpe": self.data.tokenizer.vocab_size or 0, "huggingface": 0}[self.data.tokenizer.kind]
-        if self.model.vocab_size < least:
+        if known and self.model.vocab_size < least:
             refuse("model.vocab_size", f"{self.model.vocab_size} is smaller than the tokenizer's vocabulary of {least}")
         names = {f"eval/{name}/{metric}" for name in self.eval.sets for metric in ("loss", "bits_per_byte", "perplexity")}
         if self.checkpoint.best is not None and self.checkpoint.best not in names:

@@ -28,6 +28,18 @@ KNOWN = {
     "bos": (BOS, "<s>", "<|begin_of_text|>", "<bos>", "<｜begin▁of▁sentence｜>"),  # noqa: RUF001
     "eos": (EOS, "</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>", "<｜end▁of▁sentence｜>"),  # noqa: RUF001
 }
+# Files of a tokenizer besides tokenizer.json
+BESIDE = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
 
 
 class Tokenizer:
@@ -77,7 +89,10 @@ class ByteTokenizer(Tokenizer):
 
 
 class JsonTokenizer(Tokenizer):
-    """A tokenizer.json, trained here or by others; where it has no beginning token, documents begin with its end token."""
+    """A tokenizer.json, trained here or by others; where it has no beginning token, documents begin with its end token.
+
+    The files beside it that belong to a tokenizer, a chat template among them, are kept and saved with it.
+    """
 
     def __init__(self, path: Path) -> None:
         try:
@@ -96,6 +111,7 @@ class JsonTokenizer(Tokenizer):
             raise Refused(f"{path}: no end-of-document token is known; name it as eos_token in a tokenizer_config.json beside it")
         self.vocab_size, self.eos_id, self.bos_id = max(vocab.values()) + 1, vocab[self._eos], vocab[self._bos or self._eos]
         self.fingerprint = key(self._text, self._bos, self._eos)
+        self._beside = {name: (path.parent / name).read_bytes() for name in BESIDE if (path.parent / name).is_file()}
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.array(item.ids, np.int32) for item in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
@@ -105,6 +121,8 @@ class JsonTokenizer(Tokenizer):
 
     def save(self, folder: str | Path) -> None:
         _save(folder, self._text, self._bos, self._eos)
+        for name, content in self._beside.items():
+            (Path(folder) / name).write_bytes(content)
 
 
 def _special(role: str, vocab: Mapping[str, int], path: Path) -> str | None:

@@ -16,6 +16,7 @@ from maxtrain.config import schema
 from maxtrain.models import flops
 from maxtrain.parallel import mesh
 from maxtrain.parallel.sharding import Layout, kind, parameter_table
+from maxtrain.training import pretrained
 from maxtrain.training.program import Program, make_program
 
 
@@ -97,6 +98,7 @@ def _arrays(program: Program) -> Table:
 
 def report(config: schema.Config) -> str:
     """The tables, as text."""
+    config, _ = pretrained.settle(config, save=False)
     device_mesh = mesh.make_mesh(config.mesh)
     program = make_program(mesh.resolve(config, device_mesh), Layout(device_mesh, config.mesh.rules), len(config.data.sources))
     console = Console(file=io.StringIO(), width=120)

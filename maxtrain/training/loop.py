@@ -22,6 +22,7 @@ from maxtrain.data.tokenizer import Tokenizer, load_tokenizer
 from maxtrain.models import flops
 from maxtrain.parallel import mesh
 from maxtrain.parallel.sharding import Layout, parameter_table
+from maxtrain.training import pretrained
 from maxtrain.training import run as runs
 from maxtrain.training import state as states
 from maxtrain.training.evaluation import Evaluator, make_sets
@@ -107,7 +108,10 @@ class Trainer:
     def prepare(self) -> None:
         """Data first (no device is touched for input that will be refused), then devices, programs and state."""
         os.makedirs(self.config.run.folder, exist_ok=True)
+        self.config, self.source = pretrained.settle(self.config)
         self.tokenizer: Tokenizer = load_tokenizer(self.config.data)
+        if self.source is not None:
+            pretrained.check_tokenizer(self.source, self.tokenizer)
         if self.tokenizer.vocab_size > self.config.model.vocab_size:
             raise Refused(
                 f"model.vocab_size={self.config.model.vocab_size} is smaller than the tokenizer's vocabulary: "
@@ -158,12 +162,16 @@ class Trainer:
     def _start_from(self, newest: int | None, notes: list[str]) -> None:
         """Take the state of a checkpoint or, without one, the initial state."""
         if newest is None:
-            self.state = self.program.create(self.config.train.seed)
+            self.state = self._initial_state()
         else:
             self._restore(newest)
         self.recorder.rewind(newest or 0)
         for note in notes:
             self.say(note)
+
+    def _initial_state(self) -> TrainState:
+        model = None if self.source is None else self.source.load(self.program.state.model)
+        return self.program.create(self.config.train.seed, model)
 
     def _restore(self, step: int) -> None:
         like = self.program.state
@@ -315,7 +323,7 @@ class Trainer:
         self.checkpointer.wait()
         newest = self.checkpointer.newest_good(self.say)
         if newest is None:
-            self.state, self.tokens = self.program.create(self.config.train.seed), 0
+            self.state, self.tokens = self._initial_state(), 0
         else:
             self._restore(newest)
         target, first = newest or 0, int(self.state.data_step)

@@ -29,9 +29,9 @@ class Program:
     state: TrainState
     loss_fn: LossFn
 
-    def create(self, seed: int) -> TrainState:
-        """The state before the first step."""
-        return states.create(self.state, make_optimizer(self.config.optimizer, self.config.precision), seed)
+    def create(self, seed: int, model: Any = None) -> TrainState:
+        """The state before the first step, of a fresh model or the given one."""
+        return states.create(self.state, make_optimizer(self.config.optimizer, self.config.precision), seed, model)
 
     def batch(self, rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Description of a batch of `rows` sequences of `length` tokens."""

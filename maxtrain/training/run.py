@@ -25,7 +25,7 @@ from maxtrain.training.program import Program, make_program
 PACKAGES = ("maxtrain", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy", "tokenizers")
 # Keys whose change makes a checkpoint another model's or another optimizer's
 BREAKING = ("model.", "data.tokenizer.", "optimizer.kind", "precision.params", "precision.moments", "guard.window")
-HARMLESS = ("model.layers", "model.max_length", "model.init_scale")
+HARMLESS = ("model.layers", "model.max_length", "model.init_scale", "model.init_from")
 # A finished run is opened by one process, on whatever devices it has, not on those it was trained on
 ALONE = ("mesh.data=1", "mesh.fsdp=-1", "mesh.coordinator=null", "mesh.num_processes=1", "mesh.process_id=null")
 
@@ -106,22 +106,61 @@ def check_resume(old: Mapping[str, Any], config: schema.Config) -> list[str]:
     return [line for key, line in lines.items() if not key.startswith(("run.", "metrics."))]
 
 
-def open_run(folder: str, report: Any = print) -> tuple[Program, Tokenizer, Any, int]:
+def is_run(path: str) -> bool:
+    """Whether `path` is a run's folder or one of its checkpoints."""
+    return os.path.isfile(os.path.join(locate(path)[0], "config.yml"))
+
+
+def locate(path: str) -> tuple[str, int | None]:
+    """The run's folder and the step that `path` names: a run's folder (no step), or `<run>/checkpoints/<step>`."""
+    above, name = os.path.split(os.path.abspath(path))
+    if name.isdigit() and os.path.basename(above) == "checkpoints":
+        return os.path.dirname(above), int(name)
+    return path, None
+
+
+def read_config(path: str) -> schema.Config:
+    """The config of a run for one process, on whatever devices it has; `path` as in `locate`. `Refused` if no run is there."""
+    folder = locate(path)[0]
+    if not os.path.isfile(os.path.join(folder, "config.yml")):
+        raise Refused(f"{folder}: no run is here (config.yml is missing)")
+    return load(os.path.join(folder, "config.yml"), (f"run.dir={folder}", *ALONE)).config
+
+
+def restore_model(path: str, config: schema.Config, like: Any, report: Any = print) -> tuple[Any, int]:
+    """The model of a run's newest good checkpoint, or of the one that `path` names, laid out as `like` describes; and its step.
+
+    Raises:
+        Refused: there is no good checkpoint, or the one that is named is damaged.
+    """
+    folder, step = locate(path)
+    with Checkpointer(os.path.join(folder, "checkpoints"), config.checkpoint) as checkpointer:
+        if step is None:
+            step = checkpointer.newest_good(report)
+            if step is None:
+                raise Refused(f"{folder}: no good checkpoint is here; train first")
+        else:
+            checkpointer.verify(step)
+        wanted = {"model": like}
+        return states.unstack(checkpointer.restore(step, states.stack(wanted), partial=True), wanted)["model"], step
+
+
+def open_program(config: schema.Config) -> Program:
+    """The program of a config on the devices of this process."""
+    mesh.start(config.run, config.mesh)
+    device_mesh = mesh.make_mesh(config.mesh)
+    return make_program(mesh.resolve(config, device_mesh), Layout(device_mesh, config.mesh.rules))
+
+
+def open_run(path: str, report: Any = print) -> tuple[Program, Tokenizer, Any, int]:
     """The program, tokenizer, model and step of the newest good checkpoint of a run's folder, on the devices of this process.
+
+    `path` may name one checkpoint instead: `<run>/checkpoints/<step>`.
 
     Raises:
         Refused: the folder is no run, or has no good checkpoint.
     """
-    path = os.path.join(folder, "config.yml")
-    if not os.path.isfile(path):
-        raise Refused(f"{folder}: no run is here (config.yml is missing)")
-    config = load(path, (f"run.dir={folder}", *ALONE)).config
-    mesh.start(config.run, config.mesh)
-    device_mesh = mesh.make_mesh(config.mesh)
-    program = make_program(mesh.resolve(config, device_mesh), Layout(device_mesh, config.mesh.rules))
-    with Checkpointer(os.path.join(folder, "checkpoints"), config.checkpoint) as checkpointer:
-        step = checkpointer.newest_good(report)
-        if step is None:
-            raise Refused(f"{folder}: no good checkpoint is here; train first")
-        state = states.unstack(checkpointer.restore(step, states.stack(program.state)), program.state)
-    return program, load_saved(os.path.join(folder, "tokenizer")), state.model, step
+    config = read_config(path)
+    program = open_program(config)
+    model, step = restore_model(path, config, program.state.model, report)
+    return program, load_saved(os.path.join(locate(path)[0], "tokenizer")), model, step

@@ -53,9 +53,9 @@ def describe(config: schema.Config, optimizer: optax.GradientTransformation, lay
     return jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), state, shardings(state, layout))
 
 
-def create(like: TrainState, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """The state before the first step, laid out as `like` describes."""
-    model = initialise(like.model, seed)
+def create(like: TrainState, optimizer: optax.GradientTransformation, seed: int, model: Any = None) -> TrainState:
+    """The state before the first step, laid out as `like` describes; of a `model` that is given, or a fresh one drawn from the seed."""
+    model = initialise(like.model, seed) if model is None else model
     check_placement(model, like.model)
     opt_state = jax.jit(optimizer.init, out_shardings=jax.tree.map(lambda s: s.sharding, like.opt_state))(model)
     step, data_step, guard = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, device=s.sharding), (like.step, like.data_step, like.guard))
@@ -93,8 +93,11 @@ def _unstack(stacks: dict[str, jax.Array], targets: tuple[tuple[str, str, int, A
     return {name: jax.lax.with_sharding_constraint(stacks[stack][index], target) for name, stack, index, target in targets}
 
 
-def stack(state: TrainState) -> dict[str, Any]:
-    """The arrays (or, for an abstract state, their descriptions) of a checkpoint as nested dicts, layers stacked."""
+def stack(state: Any) -> dict[str, Any]:
+    """The arrays (or, for an abstract state, their descriptions) of a checkpoint as nested dicts, layers stacked.
+
+    `state` is a TrainState, or `{"model": model}` for a checkpoint, or a part of one, without the rest.
+    """
     flat = _flat(state)
     groups = {name: [flat[member] for member in members] for name, members in _groups(flat).items() if members != [name]}
     targets = {name: _stacked_sharding(leaves[0].sharding) for name, leaves in groups.items()}
@@ -112,7 +115,7 @@ def stack(state: TrainState) -> dict[str, Any]:
     return nested
 
 
-def unstack(arrays: dict[str, Any], like: TrainState) -> TrainState:
+def unstack(arrays: dict[str, Any], like: Any) -> Any:
     """The inverse of `stack`: a state shaped and laid out like the abstract `like`."""
     target, flat, stacks, parts = _flat(like), dict[str, Any](), dict[str, Any](), []
     for name, members in _groups(target).items():

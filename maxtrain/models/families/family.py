@@ -15,7 +15,7 @@ from maxtrain.models.families.tensors import Row
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu"}  # hidden_act -> model.activation
 # Of the section `model`, what is not the model's function: how it is run, initialised or balanced in training
-NOT_FUNCTION = {"layers", "init_scale"}
+NOT_FUNCTION = {"layers", "init_scale", "init_from"}
 NOT_FUNCTION_MOE = {"dispatch", "capacity_factor", "aux_loss"}
 
 

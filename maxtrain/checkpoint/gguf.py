@@ -1,0 +1,219 @@
+"""GGUF files (llama.cpp), read with the `gguf` library and presented as what they were made from: a config.json and tensors by
+Hugging Face's names, so that everything after is the way of `huggingface.py`."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from maxtrain.checkpoint import gguf_tokenizer
+from maxtrain.config import schema
+from maxtrain.config.errors import Refused
+from maxtrain.models import families
+from maxtrain.models.families import Family
+from maxtrain.ops import rope
+
+MAGIC = b"GGUF"
+KEYS: Mapping[str, str] = {  # key below the architecture -> field of config.json
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.sliding_window": "sliding_window",
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "expert_count": "num_local_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "feed_forward_length": "intermediate_size",
+    "rope.freq_base": "rope_theta",
+    "vocab_size": "vocab_size",
+}
+SCALING: Mapping[str, str] = {
+    "rope.scaling.type": "rope_type",
+    "rope.scaling.factor": "factor",
+    "rope.scaling.original_context_length": "original_max_position_embeddings",
+}
+CHECKED = ("attention.value_length", "rope.dimension_count")  # said twice: must be the width of a head
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What is particular to one of GGUF's architectures."""
+
+    model_type: str
+    """What config.json calls it."""
+    moe_type: str | None = None
+    """The same where it has experts."""
+    interleaved: bool = False
+    """Rows of q and k are permuted within each head, for rotary embeddings of neighbouring pairs."""
+    keys: Mapping[str, str] = field(default_factory=dict)
+    """Further keys, as in KEYS."""
+    constant: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of config.json that are not in the file."""
+
+
+ARCHITECTURES: Mapping[str, Architecture] = {"llama": Architecture("llama", "mixtral", interleaved=True)}
+
+
+class File:
+    """A GGUF file to import from (see `weights.Weights`)."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """
+        Raises:
+            Refused: the library is not installed; the file is damaged; the model is not supported.
+        """
+        self.place = os.fspath(path)
+        self._library, self.values, self._tensors = _open(self.place)
+        name = str(self.values.get("general.architecture"))
+        if name not in ARCHITECTURES:
+            raise Refused(f"{self.place}: general.architecture = {name!r} is not supported: allowed are {', '.join(ARCHITECTURES)}")
+        self.architecture = ARCHITECTURES[name]
+        self.config = self._config(name)
+        self.family: Family = families.of_config(self.config, self.place)
+        self.model: schema.Model = self.family.model(self.config, self.place)
+        self._names = self._find(self._library.get_tensor_name_map(self._kind(name), self.model.num_layers))
+        whole = {at: tensor.shape for at, tensor in self._tensors.items()}
+        known = {at for at, _ in self._names.values()} | {"rope_freqs.weight"}
+        self.shapes: Mapping[str, tuple[int, ...]] = {
+            **{ours: whole[at] if expert is None else whole[at][1:] for ours, (at, expert) in self._names.items()},
+            **{at: shape for at, shape in whole.items() if at not in known},  # for the check to refuse
+        }
+
+    def _kind(self, name: str) -> Any:
+        return next(kind for kind, known in self._library.MODEL_ARCH_NAMES.items() if known == name)
+
+    def _config(self, name: str) -> dict[str, Any]:
+        """The config.json that the metadata amounts to; keys that are not understood are passed on, so that they are refused."""
+        own = {key.removeprefix(f"{name}."): value for key, value in self.values.items() if key.startswith(f"{name}.")}
+        keys = {**KEYS, **self.architecture.keys}
+        config: dict[str, Any] = {keys[key]: value for key, value in own.items() if key in keys}
+        config |= {f"{name}.{key}": value for key, value in own.items() if key not in {*keys, *SCALING, *CHECKED}}
+        config["model_type"] = self.architecture.moe_type if config.get("num_local_experts") else self.architecture.model_type
+        embedding = self._tensors.get("token_embd.weight")
+        if embedding is None:
+            raise Refused(f"{self.place}: the tensor token_embd.weight is missing: this is no language model, or a part of one only")
+        config["vocab_size"] = embedding.shape[0]  # the metadata may count tokens that the model has no rows for
+        config["tie_word_embeddings"] = "output.weight" not in self._tensors
+        scaling = {SCALING[key]: value for key, value in own.items() if key in SCALING}
+        if scaling and scaling.get("rope_type") != "none":
+            config["rope_scaling"] = scaling
+        config |= self.architecture.constant
+        width = config.get("head_dim") or config.get("hidden_size", 0) // max(1, config.get("num_attention_heads", 1))
+        for key in CHECKED:
+            if own.get(key, width) != width:
+                raise Refused(f"{self.place}: {name}.{key} = {own[key]}, the width of a head is {width}: only the whole is supported")
+        if "rope_freqs.weight" in self._tensors:
+            config["rope_scaling"] = self._llama3(config, width)
+        return config
+
+    def _llama3(self, config: Mapping[str, Any], width: int) -> dict[str, Any]:
+        """Llama 3's scaling, of which llama.cpp keeps only the divisors of the frequencies: those published are tried."""
+        found = self._tensors["rope_freqs.weight"].read(self.place).astype(np.float32)
+        theta = config.get("rope_theta", 10000.0)
+        plain = rope.frequencies(schema.Rope(theta=theta), width)
+        for original in (8192,):
+            scaling = schema.RopeScaling(kind="llama3", factor=round(float(found.max()), 3), original_length=original)
+            divisors = plain / rope.frequencies(schema.Rope(theta=theta, scaling=scaling), width)
+            if divisors.shape == found.shape and np.allclose(divisors, found, rtol=1e-4):
+                names = {"factor": scaling.factor, "low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
+                return {"rope_type": "llama3", **names, "original_max_position_embeddings": original}
+        raise Refused(
+            f"{self.place}: rope_freqs.weight is not the scaling of Llama 3.1 or 3.2: import the model from Hugging Face's format"
+        )
+
+    def _find(self, table: Any) -> dict[str, tuple[str, int | None]]:
+        """Where each tensor of the family is: its name here, and its place in a stack of experts."""
+        found: dict[str, tuple[str, int | None]] = {}
+        for row in self.family.rows(self.model):
+            for name in row.forms[0].names:
+                expert = re.fullmatch(r"(.*\.experts)\.(\d+)(\..*)", name)
+                at = table.get_name(expert[1] + expert[3] if expert else name, try_suffixes=(".weight", ".bias"))
+                if at in self._tensors:
+                    found[name] = at, int(expert[2]) if expert else None
+        return found
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor, dequantised to float32 if it is quantised."""
+        at, index = self._names[name]
+        tensor = self._tensors[at]
+        data, kind = tensor.read(self.place, index), tensor.kind
+        if kind.name not in ("F32", "F16", "F64"):
+            try:
+                data = self._library.dequantize(data, kind)
+            except NotImplementedError:
+                raise Refused(
+                    f"{self.place}: {at} is quantised as {kind.name}, which is not supported: take another quantisation"
+                ) from None
+        heads = {"q_proj": self.model.num_heads, "k_proj": self.model.num_kv_heads}.get(name.split(".")[-2] if "." in name else "")
+        if heads and self.architecture.interleaved:
+            data = data.reshape(heads, -1, 2, *data.shape[1:]).swapaxes(1, 2).reshape(data.shape)
+        return data
+
+    def save_tokenizer(self, folder: str) -> bool:
+        """Write the tokenizer and chat template of the file."""
+        return gguf_tokenizer.save(self.values, folder, self.place)
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of the file; read from it when needed, since mapped pages would count as memory in use."""
+
+    kind: Any
+    """Its quantisation, as the library names it."""
+    shape: tuple[int, ...]
+    start: int
+    """Offset in the file, in bytes."""
+    bytes_shape: tuple[int, ...]
+    """Shape of the data as kept in the file."""
+    dtype: np.dtype
+
+    def read(self, path: str, index: int | None = None) -> np.ndarray:
+        """The data as kept in the file, or one slice along its first dim."""
+        shape, start = self.bytes_shape, self.start
+        size = math.prod(shape)
+        if index is not None:
+            shape, size = shape[1:], size // shape[0]
+            start += index * size * self.dtype.itemsize
+        data = np.fromfile(path, self.dtype, size, offset=start)
+        if data.size != size:
+            raise Refused(f"{path}: it ends within a tensor: download it again")
+        return data.reshape(shape)
+
+
+def _open(path: str) -> tuple[Any, dict[str, Any], dict[str, Tensor]]:
+    """The library, and metadata and tensors of a file."""
+    try:
+        import gguf
+    except ImportError:
+        raise Refused(f"{path}: reading GGUF needs the package gguf: pip install 'maxtrain[gguf]'") from None
+    try:
+        with open(path, "rb") as file:
+            if file.read(4) != MAGIC:
+                raise Refused(f"{path}: no GGUF file, it does not begin with {MAGIC.decode()}")
+        reader = gguf.GGUFReader(path)
+        values = {name: _value(item) for name, item in reader.fields.items()}
+        tensors = {
+            t.name: Tensor(t.tensor_type, tuple(int(n) for n in reversed(t.shape)), int(t.data_offset), t.data.shape, t.data.dtype)
+            for t in reader.tensors
+        }
+        return gguf, values, tensors
+    except OSError as error:
+        raise Refused(f"{path}: cannot be read: {error.strerror or error}") from None
+    except Refused:
+        raise
+    except Exception as error:  # the library raises whatever its numpy calls do
+        raise Refused(f"{path}: it is damaged or cut short ({type(error).__name__}: {error}): download it again") from None
+
+
+def _value(item: Any) -> Any:
+    """The value of a metadata field; a float32 as the decimal number it was written as (1e-5, not 9.99e-6)."""
+    value = item.contents()
+    return float(str(np.float32(value))) if isinstance(value, float) and item.types[-1].name == "FLOAT32" else value

@@ -1,0 +1,222 @@
+"""Folders in Hugging Face's format: round trips, quantised weights against plain loops, and hostile files."""
+
+import json
+import pickle
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from folders import MIXTURE, MODEL, edit_header, edit_json, make_folder
+
+from maxtrain.checkpoint import huggingface, safetensors, weights
+from maxtrain.config import Refused, schema
+from maxtrain.models.decoder import Decoder
+from maxtrain.parallel.sharding import path_name
+
+
+def arrays_of(folder, model, layers="unroll"):
+    """The parameters of a folder, imported for a model with its layers unrolled or stacked."""
+    described = Decoder(model.model_copy(update={"layers": layers}), schema.Precision(compute="float32"), schema.Remat())
+    flat = {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(described)[0]}
+    return weights.load(huggingface.Folder(folder), flat)
+
+
+@pytest.mark.parametrize("model", [MODEL, MIXTURE], ids=["dense", "mixture"])
+@pytest.mark.parametrize("shard_bytes", [10**9, 9000])
+def test_round_trip_is_bit_identical(model, shard_bytes, tmp_path):
+    want = make_folder(tmp_path / "m", model, shard_bytes=shard_bytes)
+    assert (tmp_path / "m" / huggingface.INDEX).exists() == (shard_bytes == 9000)
+    got = arrays_of(tmp_path / "m", model)
+    for name, array in want.items():
+        np.testing.assert_array_equal(got[name], array, err_msg=name)
+    stacked = arrays_of(tmp_path / "m", model, "scan")
+    np.testing.assert_array_equal(stacked["body/layers/0/attention/q"][1], want["body/1/layers/0/attention/q"])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(dtype, tmp_path):
+    want = make_folder(tmp_path / "m", dtype=dtype)
+    got = arrays_of(tmp_path / "m", MODEL)
+    kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float16
+    np.testing.assert_array_equal(got["embedding"], want["embedding"].astype(kind).astype(np.float32))
+
+
+def test_the_reference_library_reads_what_we_write(tmp_path):
+    reference = pytest.importorskip("safetensors.numpy")
+    want = make_folder(tmp_path / "m")
+    got = reference.load_file(tmp_path / "m" / huggingface.SINGLE)
+    np.testing.assert_array_equal(got["model.layers.1.self_attn.q_proj.weight"], want["body/1/layers/0/attention/q"].T)
+
+
+def test_block_fp8():
+    draws = np.random.default_rng(0)
+    weight = draws.normal(size=(200, 300)).astype(ml_dtypes.float8_e4m3fn)
+    scale = draws.uniform(0.5, 2, (2, 3)).astype(np.float32)
+    got = huggingface._block_fp8(weight, scale)
+    for row, column in [(0, 0), (127, 128), (128, 127), (199, 299)]:
+        assert got[row, column] == np.float32(weight[row, column]) * scale[row // 128, column // 128]
+
+
+def test_mxfp4():
+    draws = np.random.default_rng(0)
+    blocks = draws.integers(0, 256, (2, 6, 3, 16), dtype=np.uint8)
+    scales = draws.integers(120, 132, (2, 6, 3), dtype=np.uint8)
+    got = huggingface._mxfp4(blocks, scales)
+    assert got.shape == (2, 96, 6)
+    magnitudes = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+    for expert, width, out in [(0, 0, 0), (1, 1, 5), (1, 95, 3), (0, 34, 2)]:
+        byte = int(blocks[expert, out, width // 32, width % 32 // 2])
+        half = byte >> 4 if width % 2 else byte & 15
+        value = magnitudes[half & 7] * (-1 if half & 8 else 1) * 2.0 ** (int(scales[expert, out, width // 32]) - 127)
+        assert got[expert, width, out] == value
+
+
+def quantise(folder, change=lambda config: None):
+    """Keep one matrix of the folder in DeepSeek's block-fp8."""
+    tensors = {name: tensor.read() for name, tensor in safetensors.read_header(folder / huggingface.SINGLE).items()}
+    name = "model.layers.0.mlp.up_proj.weight"
+    weight, scale = tensors.pop(name).astype(ml_dtypes.float8_e4m3fn), np.full((1, 1), 0.25, np.float32)
+    for file, items in {"a.safetensors": {name: weight}, "b.safetensors": tensors | {name + "_scale_inv": scale}}.items():
+        shapes = {key: array.shape for key, array in items.items()}
+        safetensors.write(folder / file, shapes, next(iter(items.values())).dtype, items.items())
+    (folder / huggingface.SINGLE).unlink()
+    where = {name: "a.safetensors"} | dict.fromkeys([*tensors, name + "_scale_inv"], "b.safetensors")
+    (folder / huggingface.INDEX).write_text(json.dumps({"weight_map": where}))
+    section = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    change(section)
+    edit_json(folder / "config.json", lambda config: config.update(quantization_config=section))
+    return weight.astype(np.float32) * 0.25
+
+
+def test_quantised_folder(tmp_path):
+    make_folder(tmp_path / "m")
+    want = quantise(tmp_path / "m")
+    np.testing.assert_array_equal(arrays_of(tmp_path / "m", MODEL)["body/0/layers/0/feed_forward/up"], want.T)
+
+
+@pytest.mark.parametrize("section", [{"quant_method": "awq"}, {"weight_block_size": [64, 64]}])
+def test_unknown_quantisation(section, tmp_path):
+    make_folder(tmp_path / "m")
+    quantise(tmp_path / "m", lambda config: config.update(section))
+    with pytest.raises(Refused, match="quantization_config"):
+        huggingface.Folder(tmp_path / "m")
+
+
+# --------------------------------------------------------------------------------------------------- hostile files
+
+
+def cut(folder):
+    path = folder / huggingface.SINGLE
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def cut_in_header(folder):
+    path = folder / huggingface.SINGLE
+    path.write_bytes(path.read_bytes()[:60])
+
+
+def empty(folder):
+    (folder / huggingface.SINGLE).write_bytes(b"")
+
+
+def huge_header(folder):
+    path = folder / huggingface.SINGLE
+    path.write_bytes((2**63).to_bytes(8, "little") + path.read_bytes()[8:])
+
+
+def header(change):
+    def apply(folder):
+        edit_header(folder / huggingface.SINGLE, lambda found: change(found["model.norm.weight"]))
+
+    return apply
+
+
+def overlap(folder):
+    def change(found):
+        found["model.norm.weight"]["data_offsets"] = [0, 128]
+
+    edit_header(folder / huggingface.SINGLE, change)
+
+
+def index(target):
+    def apply(folder):
+        names = list(safetensors.read_header(folder / huggingface.SINGLE))
+        (folder.parent / huggingface.SINGLE).write_bytes((folder / huggingface.SINGLE).read_bytes())
+        (folder / huggingface.INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, target)}))
+
+    return apply
+
+
+class Bomb:
+    def __reduce__(self):
+        return open, ("exploded", "w")
+
+
+def pickled(folder):
+    (folder / huggingface.SINGLE).unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
+
+
+def disguised(folder):
+    (folder / huggingface.SINGLE).write_bytes(pickle.dumps(Bomb()))
+
+
+def missing(folder):
+    def change(found):
+        found["spare"] = found.pop("model.norm.weight")
+
+    edit_header(folder / huggingface.SINGLE, change)
+
+
+def reshaped(folder):
+    def change(found):
+        found["model.layers.0.self_attn.k_proj.weight"]["shape"].reverse()
+
+    edit_header(folder / huggingface.SINGLE, change)
+
+
+HOSTILE = {
+    "cut short": (cut, ["cut short"]),
+    "cut within the header": (cut_in_header, ["cut short"]),
+    "empty": (empty, ["cut short"]),
+    "header of 2**63 bytes": (huge_header, ["does not fit"]),
+    "header is no JSON": (lambda f: (f / huggingface.SINGLE).write_bytes((4).to_bytes(8, "little") + b"{{{{" * 9), ["malformed"]),
+    "offsets beyond the file": (header(lambda t: t.update(data_offsets=[10**9, 10**9 + 128])), ["lies"]),
+    "negative offsets": (header(lambda t: t.update(data_offsets=[-128, 0])), ["lies"]),
+    "offsets that do not fit the shape": (header(lambda t: t.update(shape=[10**6])), ["lies"]),
+    "offsets that overlap": (overlap, ["lies"]),
+    "a shape that overflows": (header(lambda t: t.update(shape=[2**62, 2**62])), ["lies"]),
+    "a shape of text": (header(lambda t: t.update(shape="32")), ["lies"]),
+    "an unknown format": (header(lambda t: t.update(dtype="F4")), ["'F4'", "allowed"]),
+    "index to the folder above": (index("../model.safetensors"), ["outside its folder"]),
+    "index to the root": (index("/etc/passwd"), ["outside its folder"]),
+    "index to a pickle": (index("weights.bin"), ["pickled"]),
+    "index to a file that is not there": (index("model-2.safetensors"), ["cannot be read"]),
+    "a pickle instead": (pickled, ["pytorch_model.bin", "not opened"]),
+    "a pickle under another name": (disguised, ["safetensors"]),
+    "a missing and a surplus tensor": (missing, ["model.norm.weight [32] is missing", "spare", "no parameter"]),
+    "a wrong shape": (reshaped, ["k_proj", "[32, 16]", "[16, 32]"]),
+    "no config": (lambda f: (f / "config.json").unlink(), ["config.json"]),
+    "a config that is no JSON": (lambda f: (f / "config.json").write_text("{"), ["config.json", "not JSON"]),
+    "a config that is deeply nested": (lambda f: (f / "config.json").write_text("[" * 100_000), ["config.json", "not JSON"]),
+    "a config with a negative size": (lambda f: edit_json(f / "config.json", lambda c: c.update(num_hidden_layers=-3)), ["num_layers"]),
+    "a config of another size": (lambda f: edit_json(f / "config.json", lambda c: c.update(num_hidden_layers=4)), ["layers.3", "missing"]),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_folder(name, tmp_path, monkeypatch):
+    """A refusal that names the file; no code is run and no output folder is left."""
+    from maxtrain.convert import main
+
+    monkeypatch.chdir(tmp_path)
+    make_folder(tmp_path / "m")
+    damage, words = HOSTILE[name]
+    damage(tmp_path / "m")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(Refused) as refusal:
+        main(["from-hf", str(tmp_path / "m"), str(tmp_path / "out")])
+    for word in [str(tmp_path / "m"), *words]:
+        assert word in str(refusal.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
