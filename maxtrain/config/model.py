@@ -6,37 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, field_validator, model_validator
 
+from maxtrain.config.rope import Rope
 from maxtrain.config.section import FrozenDict, NonNegativeFloat, PositiveFloat, PositiveInt, Section, Strings
-
-
-class RopeScaling(Section):
-    """Frequency scaling of rotary embeddings for contexts beyond the original training length."""
-
-    kind: Literal["llama3"] = "llama3"
-    """`llama3`: interpolation by wavelength as in Llama 3.1 (section 3.4.3 of its report and its published config)."""
-    factor: PositiveFloat = 8.0
-    """How many times the context is stretched."""
-    low_freq_factor: PositiveFloat = 1.0
-    """Wavelengths above `original_length / low_freq_factor` are divided by `factor` in full."""
-    high_freq_factor: PositiveFloat = 4.0
-    """Wavelengths below `original_length / high_freq_factor` are left as they are."""
-    original_length: PositiveInt = 8192
-    """Context length before the stretch, in tokens."""
-
-    @model_validator(mode="after")
-    def _check(self) -> RopeScaling:
-        if self.high_freq_factor <= self.low_freq_factor:
-            raise ValueError("high_freq_factor must be larger than low_freq_factor")
-        return self
-
-
-class Rope(Section):
-    """Rotary position embedding."""
-
-    theta: PositiveFloat = 10000.0
-    """Base of the frequencies."""
-    scaling: RopeScaling | None = None
-    """Scaling for long contexts; null for none."""
 
 
 class Moe(Section):
@@ -77,6 +48,14 @@ class Slot(Section):
     """Dense gated MLP, or the mixture of experts of `model.moe`."""
     rope: Rope | None = None
     """Rotary embedding of this kind of layer; null takes `model.rope`."""
+    rotary: bool = True
+    """Rotate queries and keys by position; false leaves this kind of layer without positions (NoPE: SmolLM3, Command R7B)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Slot:
+        if self.rope is not None and not self.rotary:
+            raise ValueError("rope has no effect with rotary: false; remove one of them")
+        return self
 
 
 def _slots(value: Any) -> Any:
@@ -102,10 +81,36 @@ class Model(Section):
     """Width of a head; `embed / num_heads` when null."""
     max_length: PositiveInt = 2048
     """Longest context the model is meant for, in tokens."""
+    norm: Literal["rms", "rms_one_plus", "layer"] = "rms"
+    """`rms`: root-mean-square norm with a scale. `rms_one_plus`: the scale is 1 + w, all in float32 (Gemma).
+    `layer`: mean removed, a scale and no bias."""
     norm_eps: PositiveFloat = 1e-5
-    """Epsilon of the RMS norms."""
-    activation: Literal["silu"] = "silu"
-    """Activation of the gated feed-forward."""
+    """Epsilon of the norms."""
+    norm_placement: Literal["pre", "post", "sandwich", "parallel"] = "pre"
+    """Where a layer normalises: before its parts, behind them (OLMo 2), both (Gemma 2), or once
+    before both, which then run side by side (Command R)."""
+    qk_norm: Literal["none", "head", "projection"] = "none"
+    """Normalise queries and keys before they are rotated: each head (Qwen3, Gemma 3), or all heads as one vector (OLMo 2)."""
+    qkv_bias: bool = False
+    """Biases in the projections of queries, keys and values (Qwen2.5)."""
+    out_bias: bool = False
+    """A bias in the projection behind attention."""
+    attention_scale: PositiveFloat | None = None
+    """Factor on the products of queries and keys; 1 / sqrt(head width) when null."""
+    attention_softcap: PositiveFloat | None = None
+    """Attention scores s become cap * tanh(s / cap); null for no cap (Gemma 2)."""
+    attention_sinks: bool = False
+    """A learned logit per head that takes part in the softmax of attention and has no value (GPT-OSS)."""
+    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    """Activation of the gated feed-forward; `gelu_tanh` is the tanh approximation (Gemma)."""
+    embedding_multiplier: PositiveFloat = 1.0
+    """Factor on the embeddings, in the compute format."""
+    residual_multiplier: PositiveFloat = 1.0
+    """Factor on what each part of a layer adds to the residual stream (Granite)."""
+    logit_multiplier: PositiveFloat = 1.0
+    """Factor on the logits, applied to the last hidden state (Granite, Command R)."""
+    final_softcap: PositiveFloat | None = None
+    """Logits z become cap * tanh(z / cap); null for no cap (Gemma 2)."""
     tie_embeddings: bool = True
     """Use the embedding matrix as output head."""
     rope: Rope = Rope()
@@ -137,8 +142,10 @@ class Model(Section):
             raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
         if self.head_dim is None and self.embed % self.num_heads:
             raise ValueError(f"embed={self.embed} is not a multiple of num_heads={self.num_heads}: set head_dim")
-        if self.head_width % 2:
-            raise ValueError(f"the head width {self.head_width} is odd: rotary embedding needs an even one")
+        for rope in (self.rope, *(slot.rope for slot in self.slots.values() if slot.rope is not None)):
+            if rope.width(self.head_width) % 2 or not rope.width(self.head_width):
+                share = f"{rope.fraction:g} (rope.fraction) of the head width {self.head_width}"
+                raise ValueError(f"rotary embedding turns pairs: {share} must be even and above 0")
         if self.init_from is not None and "init_scale" in self.changed:
             raise ValueError("init_scale has no effect with init_from: remove one of them")
         if not self.layer_pattern:

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maxtrain.config import schema
-from maxtrain.models.layers import matmul
+from maxtrain.models.layers import Norm, matmul
 from maxtrain.ops import rope
-from maxtrain.ops.attention import Cache, Context, attend
+from maxtrain.ops.attention import Cache, Context, Options, attend
 from maxtrain.parallel.sharding import param
 
 
@@ -23,7 +23,8 @@ class Attention(nnx.Module):
     """
 
     def __init__(self, cfg: schema.Model, slot: schema.Slot, dtype: str):
-        self.window, self.rope = slot.window, slot.rope or cfg.rope
+        self.options = Options(slot.window, cfg.attention_scale, cfg.attention_softcap)
+        self.rope, self.rotary, self.qk_norm = slot.rope or cfg.rope, slot.rotary, cfg.qk_norm
         self.width, self.num_kv_heads = cfg.head_width, cfg.num_kv_heads
         std, heads, kv_heads = cfg.init_scale * cfg.embed**-0.5, cfg.num_heads * self.width, cfg.num_kv_heads * self.width
         self.q = param((cfg.embed, heads), ("embed", "heads"), std=std, dtype=dtype)
@@ -32,11 +33,40 @@ class Attention(nnx.Module):
         out_std = cfg.init_scale * (heads * 2 * cfg.num_layers) ** -0.5  # residual branches shrink with depth (GPT-2)
         self.out = param((heads, cfg.embed), ("heads", "embed"), std=out_std, dtype=dtype)
 
+        def bias(width: int, axis: str | None, there: bool, std: float = 0.0) -> nnx.Param | None:
+            return param((width,), (axis,), std=std, dtype=dtype) if there else None
+
+        self.q_bias = bias(heads, "heads", cfg.qkv_bias)
+        self.k_bias, self.v_bias = (bias(kv_heads, "kv_heads", cfg.qkv_bias) for _ in "kv")
+        self.out_bias = bias(cfg.embed, "embed", cfg.out_bias)
+        self.sinks = bias(cfg.num_heads, None, cfg.attention_sinks, std=0.02 * cfg.init_scale)
+        self.q_norm = self.k_norm = None
+        if cfg.qk_norm != "none":
+            by_head = cfg.qk_norm == "head"
+            self.q_norm, self.k_norm = (Norm(cfg, self.width if by_head else size, dtype) for size in (heads, kv_heads))
+
     def __call__(self, x: jax.Array, context: Context, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
-        q, k, v = (matmul(x, weight).reshape(*x.shape[:2], -1, self.width) for weight in (self.q, self.k, self.v))
-        cos, sin = rope.angles(context.positions, self.rope, self.width)
-        y, cache = attend(rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v, cache, context, self.window)
-        return matmul(y.reshape(*x.shape[:2], -1), self.out), cache
+        q, k = (
+            self._prepared(*parts)
+            for parts in ((matmul(x, self.q, self.q_bias), self.q_norm), (matmul(x, self.k, self.k_bias), self.k_norm))
+        )
+        v = self._heads(matmul(x, self.v, self.v_bias))
+        if self.rotary:
+            cos, sin = rope.angles(context.positions, self.rope, self.width)
+            q, k = (rope.rotate(part, cos, sin, self.rope.interleaved) for part in (q, k))
+        sinks = None if self.sinks is None else self.sinks.get_value()
+        y, cache = attend(q, k, v, cache, context, self.options, sinks)
+        return matmul(y.reshape(*x.shape[:2], -1), self.out, self.out_bias), cache
+
+    def _heads(self, x: jax.Array) -> jax.Array:
+        """[batch, length, heads * width] -> [batch, length, heads, width]."""
+        return x.reshape(*x.shape[:2], -1, self.width)
+
+    def _prepared(self, x: jax.Array, norm: Norm | None) -> jax.Array:
+        """Queries or keys by head, normalised."""
+        if norm is None:
+            return self._heads(x)
+        return norm(self._heads(x)) if self.qk_norm == "head" else self._heads(norm(x))
 
     def cache_spec(self, batch: int, capacity: int, dtype: jnp.dtype) -> Any:
         """Shape and format of this layer's cache for `batch` sequences of up to `capacity` tokens."""

@@ -14,9 +14,9 @@ from flax import nnx
 
 from maxtrain.config import schema
 from maxtrain.models.attention import Attention
-from maxtrain.models.layers import Mlp, RmsNorm
+from maxtrain.models.layers import Mlp, Norm
 from maxtrain.models.moe import MoeMlp
-from maxtrain.ops.attention import Context
+from maxtrain.ops.attention import Context, softcapped
 from maxtrain.parallel.sharding import constrain, param
 
 REMAT = {
@@ -28,23 +28,43 @@ ACTIVATION = ("batch", "length", None)
 
 
 class Layer(nnx.Module):
-    """One decoder layer: x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """One decoder layer: attention and feed-forward, each added to the residual stream x [batch, length, embed].
+
+    Norms stand where `model.norm_placement` says: x + part(norm(x)), x + norm(part(x)), x + norm(part(norm(x))), or for both
+    parts at once x + attention(norm(x)) + feed_forward(norm(x)).
+    """
 
     def __init__(self, cfg: schema.Model, slot: schema.Slot, dtype: str):
-        self.attention_norm = RmsNorm(cfg, cfg.embed, dtype)
+        self.parallel, self.multiplier = cfg.norm_placement == "parallel", cfg.residual_multiplier
+
+        def norm(*placements: str) -> Norm | None:
+            return Norm(cfg, cfg.embed, dtype) if cfg.norm_placement in placements else None
+
+        self.attention_norm = norm("pre", "sandwich", "parallel")
         self.attention = Attention(cfg, slot, dtype)
-        self.feed_forward_norm = RmsNorm(cfg, cfg.embed, dtype)
+        self.attention_post_norm = norm("post", "sandwich")
+        self.feed_forward_norm = norm("pre", "sandwich")
         self.feed_forward = MoeMlp(cfg, dtype) if slot.feed_forward == "moe" else Mlp(cfg, dtype)
+        self.feed_forward_post_norm = norm("post", "sandwich")
 
     def __call__(self, x: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any, jax.Array]:
-        y, cache = self.attention(self.attention_norm(x), context, cache)
-        x = constrain(x + y, ACTIVATION)
-        normed = self.feed_forward_norm(x)
+        normed = _normed(x, self.attention_norm)
+        y, cache = self.attention(normed, context, cache)
+        x = self._added(x, y, self.attention_post_norm)
+        normed = normed if self.parallel else _normed(x, self.feed_forward_norm)
         if isinstance(self.feed_forward, MoeMlp):
             y, balance = self.feed_forward(normed, context.segments)
         else:
             y, balance = self.feed_forward(normed), jnp.zeros((), jnp.float32)
-        return constrain(x + y, ACTIVATION), cache, balance
+        return self._added(x, y, self.feed_forward_post_norm), cache, balance
+
+    def _added(self, x: jax.Array, y: jax.Array, norm: Norm | None) -> jax.Array:
+        y = _normed(y, norm)
+        return constrain(x + (y if self.multiplier == 1.0 else y * self.multiplier), ACTIVATION)
+
+
+def _normed(x: jax.Array, norm: Norm | None) -> jax.Array:
+    return x if norm is None else norm(x)
 
 
 class Block(nnx.Module):
@@ -66,7 +86,7 @@ class Block(nnx.Module):
 
 
 class Output(NamedTuple):
-    """hidden [batch, length, embed] after the last norm; caches as they came in, updated; the summed balancing loss of the routers."""
+    """hidden [batch, length, embed], what the head multiplies; caches as they came in, updated; the routers' summed balancing loss."""
 
     hidden: jax.Array
     caches: Any
@@ -90,7 +110,7 @@ class Decoder(nnx.Module):
         stacked = cfg.layers == "scan" and periods
         self.body: Any = jax.tree.map(lambda s: _stacked(s, cfg.num_periods), periods[0]) if stacked else nnx.List(periods)
         self.remainder = Block(cfg, cfg.remainder, dtype)
-        self.norm = RmsNorm(cfg, cfg.embed, dtype)
+        self.norm = Norm(cfg, cfg.embed, dtype)
         std = cfg.init_scale * cfg.embed**-0.5
         self.head = None if cfg.tie_embeddings else param((cfg.vocab_size, cfg.embed), ("vocab", "embed"), std=std, dtype=dtype)
 
@@ -98,6 +118,8 @@ class Decoder(nnx.Module):
         """Hidden states for tokens int32 [batch, length]; with caches, attention reads and updates them."""
         table = constrain(self.embedding.get_value().astype(self.compute), ("vocab", None))  # gathered before it is read
         x = constrain(table[tokens], ACTIVATION)
+        if self.cfg.embedding_multiplier != 1.0:
+            x = x * jnp.asarray(self.cfg.embedding_multiplier, x.dtype)
         prefix, body, remainder = caches or (None, None, None)
         x, prefix, balance = self._run(self.prefix, x, context, prefix)
         if isinstance(self.body, Block):
@@ -115,7 +137,10 @@ class Decoder(nnx.Module):
                 balance, new = balance + extra, [*new, cache]
             body = new
         x, remainder, extra = self._run(self.remainder, x, context, remainder)
-        return Output(self.norm(x), (prefix, body, remainder), balance + extra)
+        hidden = self.norm(x)
+        if self.cfg.logit_multiplier != 1.0:
+            hidden = hidden * self.cfg.logit_multiplier
+        return Output(hidden, (prefix, body, remainder), balance + extra)
 
     def _run(self, block: Block, x: jax.Array, context: Context, caches: Any) -> tuple[jax.Array, Any, jax.Array]:
         return REMAT[self.remat](lambda block, x, caches: block(x, context, caches))(block, x, caches)
@@ -127,7 +152,7 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits, float32 [batch, length, vocab], of hidden states [batch, length, embed]."""
-        return jnp.einsum("ble,ve->blv", hidden, self.head_weights, preferred_element_type=jnp.float32)
+        return softcapped(jnp.einsum("ble,ve->blv", hidden, self.head_weights, preferred_element_type=jnp.float32), self.cfg.final_softcap)
 
     def cache_spec(self, batch: int, capacity: int) -> Any:
         """Abstract caches for `batch` sequences of up to `capacity` tokens."""

@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 from flax import nnx
 
 from maxtrain.config import schema
 from maxtrain.ops.gated import GATED
 from maxtrain.ops.linear import linear
-from maxtrain.ops.norm import rms_norm
+from maxtrain.ops.norm import layer_norm, one_plus_rms_norm, rms_norm
 from maxtrain.parallel.sharding import param
 
 
-def matmul(x: jax.Array, weight: nnx.Param) -> jax.Array:
-    """x [..., in] times weight [in, out] -> [..., out], in the format of x."""
-    return linear(x, weight.get_value().astype(x.dtype))
+def matmul(x: jax.Array, weight: nnx.Param, bias: nnx.Param | None = None) -> jax.Array:
+    """x [..., in] times weight [in, out], plus bias [out], -> [..., out], in the format of x."""
+    y = linear(x, weight.get_value().astype(x.dtype))
+    return y if bias is None else y + bias.get_value().astype(x.dtype)
 
 
-class RmsNorm(nnx.Module):
-    """Root-mean-square norm with a learned scale (Zhang and Sennrich, 2019), computed in float32."""
+NORMS: dict[str, tuple[Callable[..., jax.Array], float | None]] = {
+    "rms": (rms_norm, None),
+    "rms_one_plus": (one_plus_rms_norm, 0.0),
+    "layer": (layer_norm, None),
+}  # (norm, spread of the scale)
+
+
+class Norm(nnx.Module):
+    """The norm of `model.norm` with a learned scale, that begins as the identity. Shapes: x [..., width]."""
 
     def __init__(self, cfg: schema.Model, width: int, dtype: str):
-        self.eps = cfg.norm_eps
-        self.scale = param((width,), ("norm",), dtype=dtype)
+        self.kind, self.eps = cfg.norm, cfg.norm_eps
+        self.scale = param((width,), ("norm",), std=NORMS[cfg.norm][1], dtype=dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return rms_norm(x, self.scale.get_value(), self.eps)
+        return NORMS[self.kind][0](x, self.scale.get_value(), self.eps)
 
 
 class Mlp(nnx.Module):

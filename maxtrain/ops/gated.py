@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 
@@ -29,4 +30,8 @@ def gated(activation: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array, 
     return function
 
 
-GATED = {"silu": gated(jax.nn.silu)}
+GATED = {
+    "silu": gated(jax.nn.silu),
+    "gelu": gated(partial(jax.nn.gelu, approximate=False)),
+    "gelu_tanh": gated(partial(jax.nn.gelu, approximate=True)),
+}

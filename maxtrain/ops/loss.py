@@ -17,11 +17,12 @@ from maxtrain.parallel.sharding import per_batch_shard
 
 
 def cross_entropy(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, *, z_loss: float, chunk: int
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, *, z_loss: float, chunk: int, softcap: float | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Weighted sum of next-token losses.
 
-    Shapes: hidden [batch, length, embed]; head [vocab, embed]; targets int32 and weights float32 [batch, length].
+    Shapes: hidden [batch, length, embed]; head [vocab, embed]; targets int32 and weights float32 [batch, length]. With a
+    softcap, logits z become softcap * tanh(z / softcap).
     Returns: the sum over all tokens of weight * (cross-entropy + z_loss * logsumexp^2), a scalar to differentiate; and
     the weighted cross-entropy in nats of each sequence, float32 [batch], a constant to the gradient.
     """
@@ -30,7 +31,7 @@ def cross_entropy(
     pad = -length % chunk
     if pad:
         hidden, targets, weights = (jnp.pad(a, ((0, 0), (0, pad)) + ((0, 0),) * (a.ndim - 2)) for a in (hidden, targets, weights))
-    local = per_batch_shard(lambda *arrays: _sums(z_loss, chunk, *arrays), num_batched=3)
+    local = per_batch_shard(lambda *arrays: _sums(z_loss, chunk, softcap, *arrays), num_batched=3)
     total, rows = local(hidden, targets, weights, head)
     return total.sum(), jax.lax.stop_gradient(rows)
 
@@ -42,21 +43,25 @@ def _chunks(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 
 class _Chunk(NamedTuple):
-    """Softmax of one chunk of rows: exp(logits - top) [rows, vocab], its sum and the rows' losses [rows, 1]."""
+    """Softmax of one chunk of rows: exp(logits - top) [rows, vocab], its sum, the rows' losses [rows, 1]; the slope of a softcap."""
 
     exponentials: jax.Array
     total: jax.Array
     log_sum: jax.Array
     cross_entropy: jax.Array
+    slope: jax.Array | None
 
 
-def _softmax(x: jax.Array, target: jax.Array, head: jax.Array) -> _Chunk:
-    logits = settle(jnp.einsum("re,ve->rv", x, head, preferred_element_type=jnp.float32))
+def _softmax(x: jax.Array, target: jax.Array, head: jax.Array, softcap: float | None) -> _Chunk:
+    logits, slope = settle(jnp.einsum("re,ve->rv", x, head, preferred_element_type=jnp.float32)), None
+    if softcap is not None:
+        share = settle(jnp.tanh(logits / softcap))
+        logits, slope = softcap * share, 1 - jnp.square(share)
     top = jnp.max(logits, axis=-1, keepdims=True)
     exponentials = settle(jnp.exp(logits - top))
     total = jnp.sum(exponentials, axis=-1, keepdims=True)
     log_sum = top + jnp.log(total)
-    return _Chunk(exponentials, total, log_sum, log_sum - jnp.take_along_axis(logits, target[:, None], axis=-1))
+    return _Chunk(exponentials, total, log_sum, log_sum - jnp.take_along_axis(logits, target[:, None], axis=-1), slope)
 
 
 def _sequences(batch: int, losses: jax.Array) -> jax.Array:
@@ -64,13 +69,13 @@ def _sequences(batch: int, losses: jax.Array) -> jax.Array:
     return losses.reshape(losses.shape[0], batch, -1).sum(axis=(0, 2))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _sums(z_loss: float, chunk: int, hidden: jax.Array, targets: jax.Array, weights: jax.Array, head: jax.Array):
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _sums(z_loss: float, chunk: int, softcap: float | None, hidden: jax.Array, targets: jax.Array, weights: jax.Array, head: jax.Array):
     """Total loss [1] and cross-entropy of each sequence [batch], over the local rows."""
 
     def one(part: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         x, target, weight = part
-        found = _softmax(x, target, head)
+        found = _softmax(x, target, head, softcap)
         ce = weight * found.cross_entropy[:, 0]
         return ce.sum() + z_loss * jnp.sum(weight * found.log_sum[:, 0] ** 2), ce
 
@@ -78,16 +83,17 @@ def _sums(z_loss: float, chunk: int, hidden: jax.Array, targets: jax.Array, weig
     return total.sum()[None], _sequences(hidden.shape[0], ce)
 
 
-def _forward(z_loss: float, chunk: int, hidden: jax.Array, targets: jax.Array, weights: jax.Array, head: jax.Array):
+def _forward(z_loss: float, chunk: int, softcap: float | None, hidden: jax.Array, targets: jax.Array, weights: jax.Array, head: jax.Array):
     vocab, embed = head.shape
 
     def one(d_head: jax.Array, part: tuple[jax.Array, ...]):
         x, target, weight = part[0], part[1], part[2][:, None]
-        found = _softmax(x, target, head)
+        found = _softmax(x, target, head, softcap)
         loss = jnp.sum(weight * (found.cross_entropy + z_loss * found.log_sum**2))
         slope = weight * (1 + 2 * z_loss * found.log_sum) / found.total
         hit = jnp.arange(vocab) == target[:, None]
-        d_logits = settle((found.exponentials * slope - jnp.where(hit, weight, 0.0)).astype(x.dtype))
+        d_logits = found.exponentials * slope - jnp.where(hit, weight, 0.0)
+        d_logits = settle((d_logits if found.slope is None else d_logits * found.slope).astype(x.dtype))
         # [embed, vocab]: the narrow operand on the left, see ops/linear.py
         d_head += settle(jnp.einsum("re,rv->ev", x, d_logits, preferred_element_type=jnp.float32))
         return d_head, (loss, (weight * found.cross_entropy)[:, 0], d_logits @ head)
@@ -97,7 +103,9 @@ def _forward(z_loss: float, chunk: int, hidden: jax.Array, targets: jax.Array, w
     return (loss.sum()[None], _sequences(hidden.shape[0], ce)), (d_hidden, d_head.astype(head.dtype).T)
 
 
-def _backward(z_loss: float, chunk: int, saved: tuple[jax.Array, jax.Array], cotangents: tuple[jax.Array, jax.Array]):
+def _backward(
+    z_loss: float, chunk: int, softcap: float | None, saved: tuple[jax.Array, jax.Array], cotangents: tuple[jax.Array, jax.Array]
+):
     d_hidden, d_head = saved
     slope = cotangents[0][0]  # of the total; the sum of each sequence is not differentiated
     return (d_hidden * slope).astype(d_hidden.dtype), None, None, (d_head * slope).astype(d_head.dtype)

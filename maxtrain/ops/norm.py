@@ -1,4 +1,4 @@
-"""Root-mean-square norm (Zhang and Sennrich, 2019)."""
+"""Root-mean-square norm (Zhang and Sennrich, 2019) and layer norm (Ba et al., 2016)."""
 
 from __future__ import annotations
 
@@ -32,3 +32,16 @@ def _backward(eps: float, saved: tuple[jax.Array, ...], dy: jax.Array) -> tuple[
 
 
 rms_norm.defvjp(_forward, _backward)
+
+
+def one_plus_rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """The norm with 1 + scale in place of the scale, all of it in float32 (Gemma)."""
+    return rms_norm(x.astype(jnp.float32), 1.0 + scale.astype(jnp.float32), eps).astype(x.dtype)
+
+
+def layer_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """(x - mean) / sqrt(variance + eps) * scale over the last axis: float32 inside, the format of x outside."""
+    x32 = x.astype(jnp.float32)
+    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
+    return settle((centred * inverse * scale.astype(jnp.float32)).astype(x.dtype))

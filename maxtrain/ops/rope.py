@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al., 2021) in the half-split layout of Llama's published weights."""
+"""Rotary position embedding (Su et al., 2021): of halves as in Llama's published weights, or of neighbours; of a head or its first part."""
 
 from __future__ import annotations
 
@@ -11,31 +11,57 @@ import numpy as np
 from maxtrain.config import schema
 
 
-def llama3(frequencies: np.ndarray, cfg: schema.RopeScaling) -> np.ndarray:
+def llama3(frequencies: np.ndarray, cfg: schema.RopeScaling, theta: float) -> np.ndarray:
     """Llama 3.1's scaling: long wavelengths are divided by the factor, short ones kept, those between blended."""
     turns = cfg.original_length * frequencies / (2 * math.pi)
     blend = np.clip((turns - cfg.low_freq_factor) / (cfg.high_freq_factor - cfg.low_freq_factor), 0.0, 1.0)
     return (1 - blend) * frequencies / cfg.factor + blend * frequencies
 
 
-SCALINGS = {"llama3": llama3}
+def yarn(frequencies: np.ndarray, cfg: schema.RopeScaling, theta: float) -> np.ndarray:
+    """YaRN's "NTK by parts" (Peng et al., 2023, section 3.2): the ramp between kept and stretched pairs is linear in the pair's number."""
+    width = 2 * len(frequencies)
+    low, high = (
+        width * math.log(cfg.original_length / (turns * 2 * math.pi)) / (2 * math.log(theta)) for turns in (cfg.beta_fast, cfg.beta_slow)
+    )
+    if cfg.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
+    stretched = np.clip((np.arange(len(frequencies)) - low) / (high - low if high > low else 0.001), 0.0, 1.0)
+    return stretched * frequencies / cfg.factor + (1 - stretched) * frequencies
+
+
+def linear(frequencies: np.ndarray, cfg: schema.RopeScaling, theta: float) -> np.ndarray:
+    """Position interpolation (Chen et al., 2023): every angle divided by the factor."""
+    return frequencies / cfg.factor
+
+
+SCALINGS = {"llama3": llama3, "yarn": yarn, "linear": linear}
 
 
 def frequencies(cfg: schema.Rope, width: int) -> np.ndarray:
-    """Angular frequency of every pair of a head: float32 [width / 2]."""
+    """Angular frequency of every pair of `width` rotated elements: float32 [width / 2]."""
     base = 1.0 / cfg.theta ** (np.arange(0, width, 2, dtype=np.float64) / width)
-    scaled = base if cfg.scaling is None else SCALINGS[cfg.scaling.kind](base, cfg.scaling)
+    scaled = base if cfg.scaling is None else SCALINGS[cfg.scaling.kind](base, cfg.scaling, cfg.theta)
     return scaled.astype(np.float32)
 
 
 def angles(positions: jax.Array, cfg: schema.Rope, width: int) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine, float32 [batch, length, width / 2], for positions [batch, length]."""
-    phase = positions.astype(jnp.float32)[..., None] * frequencies(cfg, width)
-    return jnp.cos(phase), jnp.sin(phase)
+    """Cosine and sine, float32 [batch, length, rotated / 2], for positions [batch, length] and heads of `width`."""
+    phase = positions.astype(jnp.float32)[..., None] * frequencies(cfg, cfg.width(width))
+    cos, sin = jnp.cos(phase), jnp.sin(phase)
+    factor = 1.0 if cfg.scaling is None else cfg.scaling.rotation_factor
+    return (cos, sin) if factor == 1.0 else (cos * factor, sin * factor)
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate x [batch, length, heads, width] by angles [batch, length, width / 2]; halves of the head are the pairs."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool = False) -> jax.Array:
+    """Rotate x [batch, length, heads, width] by angles [batch, length, pairs]: the first 2 * pairs elements, the rest is kept.
+
+    A pair is an element of the first half with its like in the second, or, `interleaved`, two neighbours.
+    """
+    rotated, rest = x[..., : 2 * cos.shape[-1]].astype(jnp.float32), x[..., 2 * cos.shape[-1] :]
+    first, second = (rotated[..., 0::2], rotated[..., 1::2]) if interleaved else jnp.split(rotated, 2, axis=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    joined = jnp.stack(turned, axis=-1).reshape(rotated.shape) if interleaved else jnp.concatenate(turned, axis=-1)
+    return jnp.concatenate([joined.astype(x.dtype), rest], axis=-1) if rest.shape[-1] else joined.astype(x.dtype)

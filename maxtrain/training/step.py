@@ -28,7 +28,13 @@ def next_token_loss(config: schema.Config, num_sources: int = 1) -> LossFn:
         output = model(batch["tokens"], Context(batch["positions"], batch["segments"]))
         weights = batch["weights"]
         total, rows = cross_entropy(
-            output.hidden, model.head_weights, batch["targets"], weights, z_loss=config.train.z_loss, chunk=config.train.loss_chunk
+            output.hidden,
+            model.head_weights,
+            batch["targets"],
+            weights,
+            z_loss=config.train.z_loss,
+            chunk=config.train.loss_chunk,
+            softcap=config.model.final_softcap,
         )
         sums = {"tokens": weights.sum(), "loss": rows.sum()}
         if num_sources > 1:

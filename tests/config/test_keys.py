@@ -33,7 +33,7 @@ def test_every_key_has_a_docstring():
         ("precision.compute", "float32, bfloat16, float16 or auto"),
         ("optimizer.decay", "a list of matrix, embedding, norm or bias"),
         ("mesh.num_processes", "a whole number >= 1 or auto"),
-        ("model.rope", "a section (theta, scaling)"),
+        ("model.rope", "a section (theta, fraction, interleaved, scaling)"),
         ("checkpoint.resume", "true or false"),
         ("run.dir", "text or null"),
         ("data.sources.any.weight", "a number > 0"),

@@ -5,30 +5,62 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maxtrain.ops.attention import causal_attention
+from maxtrain.ops.attention import Cache, Context, Options, attend, causal_attention
 
 
-def whole(q, k, v, segments, window):
+def whole(q, k, v, segments, sinks, options):
     """The textbook form: every score, one mask."""
     length, group = q.shape[1], q.shape[2] // k.shape[2]
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, jnp.repeat(k, group, axis=2))
+    if options.softcap:
+        scores = options.softcap * jnp.tanh(scores / options.softcap)
     distance = jnp.arange(length)[:, None] - jnp.arange(length)
-    visible = (distance >= 0) & (distance < (window or length)) & (segments[:, :, None] == segments[:, None])
-    return jnp.einsum(
-        "bhqk,bkhd->bqhd", jax.nn.softmax(jnp.where(visible[:, None], scores, -jnp.inf), axis=-1), jnp.repeat(v, group, axis=2)
-    )
+    visible = (distance >= 0) & (distance < (options.window or length)) & (segments[:, :, None] == segments[:, None])
+    scores = jnp.where(visible[:, None], scores, -jnp.inf)
+    if sinks is not None:
+        scores = jnp.concatenate([scores, jnp.broadcast_to(sinks[:, None, None], (*scores.shape[:3], 1))], axis=-1)
+    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores, axis=-1)[..., :length], jnp.repeat(v, group, axis=2))
 
 
-@pytest.mark.parametrize(("length", "window"), [(5, None), (150, None), (150, 7), (150, 100), (1100, 65)])
-def test_value_and_gradient(length, window):
+@pytest.mark.parametrize(
+    ("length", "options", "sink", "value_width"),
+    [
+        (5, Options(), False, 8),
+        (150, Options(), True, 8),
+        (150, Options(window=7), False, 5),
+        (150, Options(window=100, softcap=1.5), True, 12),
+        (150, Options(softcap=0.5), False, 8),
+        (1100, Options(window=65), False, 8),
+    ],
+)
+def test_value_and_gradient(length, options, sink, value_width):
     rng = np.random.default_rng(0)
-    q, k, v, out = (jnp.asarray(rng.normal(size=(2, length, heads, 8)), jnp.float32) for heads in (4, 2, 2, 4))
+    shapes = ((4, 8), (2, 8), (2, value_width), (4, value_width))
+    q, k, v, out = (jnp.asarray(rng.normal(size=(2, length, *shape)), jnp.float32) for shape in shapes)
+    sinks = jnp.asarray(rng.normal(size=4), jnp.float32) if sink else None
     segments = jnp.asarray(np.sort(rng.integers(1, 4, (2, length))), jnp.int32)
-    got, back = jax.vjp(lambda *a: causal_attention(*a, segments, window), q, k, v)
-    want, reference = jax.vjp(lambda *a: whole(*a, segments, window), q, k, v)
+    got, back = jax.vjp(lambda q, k, v, sinks: causal_attention(q, k, v, segments, sinks, options), q, k, v, sinks)
+    want, reference = jax.vjp(lambda q, k, v, sinks: whole(q, k, v, segments, sinks, options), q, k, v, sinks)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
-    for a, b in zip(back(out), reference(out), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
+    for a, b in zip(jax.tree.leaves(back(out)), jax.tree.leaves(reference(out)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=5e-5)
+
+
+@pytest.mark.parametrize("options", [Options(), Options(window=5, scale=0.3, softcap=2.0)])
+@pytest.mark.parametrize("sink", [False, True])
+def test_cache_gives_what_the_sequence_gives(options, sink):
+    """A prompt of 9 tokens at once, then one a call."""
+    rng = np.random.default_rng(1)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 14, *shape)), jnp.float32) for shape in ((4, 8), (2, 8), (2, 6)))
+    sinks = jnp.asarray(rng.normal(size=4), jnp.float32) if sink else None
+    positions = jnp.tile(jnp.arange(14), (2, 1))
+    want, _ = attend(q, k, v, None, Context(positions, jnp.ones_like(positions)), options, sinks)
+    cache, got = Cache(jnp.zeros((2, 14, 2, 8)), jnp.zeros((2, 14, 2, 6))), []
+    for part in (slice(0, 9), *(slice(at, at + 1) for at in range(9, 14))):
+        context = Context(positions[:, part], jnp.ones_like(positions[:, part]))
+        y, cache = attend(q[:, part], k[:, part], v[:, part], cache, context, options, sinks)
+        got.append(y)
+    np.testing.assert_allclose(jnp.concatenate(got, axis=1), want, rtol=1e-5, atol=1e-5)
 
 
 def test_masked_keys_are_not_computed():
@@ -36,7 +68,7 @@ def test_masked_keys_are_not_computed():
 
     def products(window):
         x = jnp.zeros((1, 1024, 1, 8))
-        text = jax.jit(lambda q: causal_attention(q, q, q, jnp.ones((1, 1024), jnp.int32), window)).lower(x).as_text()
+        text = jax.jit(lambda q: causal_attention(q, q, q, jnp.ones((1, 1024), jnp.int32), None, Options(window))).lower(x).as_text()
         return [line for line in text.splitlines() if "dot_general" in line]
 
     assert not any("1x1024x1024" in line for line in products(None))
