@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, field_validator, model_validator
 
-from maxtrain.config.section import FrozenDict, NonNegativeFloat, PositiveFloat, PositiveInt, Section, Strings
+from maxtrain.config.moe import Moe
+from maxtrain.config.section import FrozenDict, PositiveFloat, PositiveInt, Section, Strings
 
 
 class RopeScaling(Section):
@@ -37,35 +38,6 @@ class Rope(Section):
     """Base of the frequencies."""
     scaling: RopeScaling | None = None
     """Scaling for long contexts; null for none."""
-
-
-class Moe(Section):
-    """Mixture of experts in place of the dense feed-forward."""
-
-    num_experts: PositiveInt
-    """Number of routed experts."""
-    experts_per_token: PositiveInt
-    """How many experts each token is sent to (top-k)."""
-    mlp: PositiveInt
-    """Hidden width of one expert."""
-    routing: Literal["softmax"] = "softmax"
-    """`softmax`: weights are the softmax over all experts (Mixtral, Qwen)."""
-    norm_topk: bool = True
-    """Divide the weights of the chosen experts by their sum."""
-    dispatch: Literal["dropless", "capacity"] = "dropless"
-    """`dropless`: every token reaches its experts. `capacity`: an expert takes a fixed number of a sequence's tokens at most."""
-    capacity_factor: PositiveFloat = 1.25
-    """Capacity of an expert per sequence, in units of an even split; read by `dispatch: capacity` only."""
-    aux_loss: NonNegativeFloat = 0.01
-    """Weight of the load-balancing loss, computed per sequence so that neither mesh nor microbatch changes it."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Moe:
-        if self.experts_per_token > self.num_experts:
-            raise ValueError(f"experts_per_token={self.experts_per_token} is more than num_experts={self.num_experts}")
-        if "capacity_factor" in self.changed and self.dispatch != "capacity":
-            raise ValueError("capacity_factor has no effect with dispatch: dropless; set dispatch: capacity or remove it")
-        return self
 
 
 class Slot(Section):
@@ -104,8 +76,8 @@ class Model(Section):
     """Longest context the model is meant for, in tokens."""
     norm_eps: PositiveFloat = 1e-5
     """Epsilon of the RMS norms."""
-    activation: Literal["silu"] = "silu"
-    """Activation of the gated feed-forward."""
+    activation: Literal["silu", "clamped_swiglu"] = "silu"
+    """Gated activation of the feed-forward: `silu(gate) * up`, or GPT-OSS's `clamped_swiglu`, cut off at 7."""
     tie_embeddings: bool = True
     """Use the embedding matrix as output head."""
     rope: Rope = Rope()

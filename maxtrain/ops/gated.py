@@ -5,15 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 from maxtrain.ops.linear import settle
 
+Gated = Callable[[jax.Array, jax.Array], jax.Array]
 
-def gated(activation: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array, jax.Array], jax.Array]:
+
+def gated(activation: Callable[[jax.Array], jax.Array]) -> Gated:
     """The gated form of an element-wise activation: (gate, up), alike in shape, -> activation(gate) * up."""
+    return lean(lambda gate, up: activation(gate) * up)
 
-    def plain(gate: jax.Array, up: jax.Array) -> jax.Array:
-        return activation(gate) * up
+
+def clamped_swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """GPT-OSS: gate * sigmoid(1.702 gate) * (up + 1), the gate cut off above 7 and up beyond +-7."""
+    gate, up = jnp.minimum(gate, 7.0), jnp.clip(up, -7.0, 7.0)
+    return gate * jax.nn.sigmoid(1.702 * gate) * (up + 1)
+
+
+def lean(plain: Gated) -> Gated:
+    """An element-wise function of gate and up whose gradient keeps only the two."""
 
     @jax.custom_vjp
     def function(gate: jax.Array, up: jax.Array) -> jax.Array:
@@ -29,4 +40,4 @@ def gated(activation: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array, 
     return function
 
 
-GATED = {"silu": gated(jax.nn.silu)}
+GATED = {"silu": gated(jax.nn.silu), "clamped_swiglu": lean(clamped_swiglu)}
