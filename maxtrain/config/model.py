@@ -6,37 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, field_validator, model_validator
 
+from maxtrain.config.moe import Moe
 from maxtrain.config.rope import Rope
-from maxtrain.config.section import FrozenDict, NonNegativeFloat, PositiveFloat, PositiveInt, Section, Strings
-
-
-class Moe(Section):
-    """Mixture of experts in place of the dense feed-forward."""
-
-    num_experts: PositiveInt
-    """Number of routed experts."""
-    experts_per_token: PositiveInt
-    """How many experts each token is sent to (top-k)."""
-    mlp: PositiveInt
-    """Hidden width of one expert."""
-    routing: Literal["softmax"] = "softmax"
-    """`softmax`: weights are the softmax over all experts (Mixtral, Qwen)."""
-    norm_topk: bool = True
-    """Divide the weights of the chosen experts by their sum."""
-    dispatch: Literal["dropless", "capacity"] = "dropless"
-    """`dropless`: every token reaches its experts. `capacity`: an expert takes a fixed number of a sequence's tokens at most."""
-    capacity_factor: PositiveFloat = 1.25
-    """Capacity of an expert per sequence, in units of an even split; read by `dispatch: capacity` only."""
-    aux_loss: NonNegativeFloat = 0.01
-    """Weight of the load-balancing loss, computed per sequence so that neither mesh nor microbatch changes it."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Moe:
-        if self.experts_per_token > self.num_experts:
-            raise ValueError(f"experts_per_token={self.experts_per_token} is more than num_experts={self.num_experts}")
-        if "capacity_factor" in self.changed and self.dispatch != "capacity":
-            raise ValueError("capacity_factor has no effect with dispatch: dropless; set dispatch: capacity or remove it")
-        return self
+from maxtrain.config.section import FrozenDict, PositiveFloat, PositiveInt, Section, Strings
 
 
 class Slot(Section):
@@ -101,8 +73,9 @@ class Model(Section):
     """Attention scores s become cap * tanh(s / cap); null for no cap (Gemma 2)."""
     attention_sinks: bool = False
     """A learned logit per head that takes part in the softmax of attention and has no value (GPT-OSS)."""
-    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
-    """Activation of the gated feed-forward; `gelu_tanh` is the tanh approximation (Gemma)."""
+    activation: Literal["silu", "gelu", "gelu_tanh", "clamped_swiglu"] = "silu"
+    """Activation of the gated feed-forward; `gelu_tanh` is the tanh approximation
+    (Gemma), `clamped_swiglu` GPT-OSS's, cut off at 7."""
     embedding_multiplier: PositiveFloat = 1.0
     """Factor on the embeddings, in the compute format."""
     residual_multiplier: PositiveFloat = 1.0

@@ -12,7 +12,8 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from maxtrain.config.data import Data, Source, Tokenizer
-from maxtrain.config.model import Model, Moe, Slot
+from maxtrain.config.model import Model, Slot
+from maxtrain.config.moe import Moe
 from maxtrain.config.rope import Rope, RopeScaling
 from maxtrain.config.section import (
     Dtype,

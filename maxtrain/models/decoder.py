@@ -17,6 +17,7 @@ from maxtrain.models.attention import Attention
 from maxtrain.models.layers import Mlp, Norm
 from maxtrain.models.moe import MoeMlp
 from maxtrain.ops.attention import Context, softcapped
+from maxtrain.ops.routing import Balance
 from maxtrain.parallel.sharding import constrain, param
 
 REMAT = {
@@ -47,7 +48,7 @@ class Layer(nnx.Module):
         self.feed_forward = MoeMlp(cfg, dtype) if slot.feed_forward == "moe" else Mlp(cfg, dtype)
         self.feed_forward_post_norm = norm("post", "sandwich")
 
-    def __call__(self, x: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any, jax.Array]:
+    def __call__(self, x: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any, Balance]:
         normed = _normed(x, self.attention_norm)
         y, cache = self.attention(normed, context, cache)
         x = self._added(x, y, self.attention_post_norm)
@@ -55,7 +56,7 @@ class Layer(nnx.Module):
         if isinstance(self.feed_forward, MoeMlp):
             y, balance = self.feed_forward(normed, context.segments)
         else:
-            y, balance = self.feed_forward(normed), jnp.zeros((), jnp.float32)
+            y, balance = self.feed_forward(normed), Balance.zero()
         return self._added(x, y, self.feed_forward_post_norm), cache, balance
 
     def _added(self, x: jax.Array, y: jax.Array, norm: Norm | None) -> jax.Array:
@@ -73,8 +74,8 @@ class Block(nnx.Module):
     def __init__(self, cfg: schema.Model, kinds: tuple[str, ...], dtype: str):
         self.layers = nnx.List([Layer(cfg, cfg.slots[kind], dtype) for kind in kinds])
 
-    def __call__(self, x: jax.Array, context: Context, caches: Any) -> tuple[jax.Array, Any, jax.Array]:
-        balance, new = jnp.zeros((), jnp.float32), list[Any]()
+    def __call__(self, x: jax.Array, context: Context, caches: Any) -> tuple[jax.Array, Any, Balance]:
+        balance, new = Balance.zero(), list[Any]()
         for layer, cache in zip(self.layers, caches or [None] * len(self.layers), strict=True):
             x, cache, extra = layer(x, context, cache)
             balance, new = balance + extra, [*new, cache]
@@ -86,11 +87,11 @@ class Block(nnx.Module):
 
 
 class Output(NamedTuple):
-    """hidden [batch, length, embed], what the head multiplies; caches as they came in, updated; the routers' summed balancing loss."""
+    """hidden [batch, length, embed], what the head multiplies; caches as they came in, updated; the routers' balancing terms."""
 
     hidden: jax.Array
     caches: Any
-    balance: jax.Array
+    balance: Balance
 
 
 def _stacked(spec: jax.ShapeDtypeStruct, periods: int) -> jax.ShapeDtypeStruct:
@@ -129,7 +130,7 @@ class Decoder(nnx.Module):
                 return x, (cache, extra)
 
             x, (body, extras) = jax.lax.scan(step, x, (self.body, body))
-            balance += extras.sum()
+            balance += jax.tree.map(lambda per_block: per_block.sum(axis=0), extras)
         else:
             new = list[Any]()
             for block, cache in zip(self.body, body or [None] * len(self.body), strict=True):
@@ -142,7 +143,7 @@ class Decoder(nnx.Module):
             hidden = hidden * self.cfg.logit_multiplier
         return Output(hidden, (prefix, body, remainder), balance + extra)
 
-    def _run(self, block: Block, x: jax.Array, context: Context, caches: Any) -> tuple[jax.Array, Any, jax.Array]:
+    def _run(self, block: Block, x: jax.Array, context: Context, caches: Any) -> tuple[jax.Array, Any, Balance]:
         return REMAT[self.remat](lambda block, x, caches: block(x, context, caches))(block, x, caches)
 
     @property

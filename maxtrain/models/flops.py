@@ -26,7 +26,8 @@ def forward(cfg: schema.Model, length: int) -> dict[str, float]:
         parts["attention"] += 4.0 * heads * visible_keys(length, slot.window)
         if slot.feed_forward == "moe":
             assert cfg.moe is not None
-            parts["feed_forward"] += 2.0 * cfg.embed * (3 * cfg.moe.mlp * cfg.moe.experts_per_token + cfg.moe.num_experts)
+            experts = 3 * (cfg.moe.mlp * cfg.moe.experts_per_token + (cfg.moe.shared_mlp or 0))
+            parts["feed_forward"] += 2.0 * cfg.embed * (experts + cfg.moe.num_experts + cfg.moe.shared_gate)
         else:
             parts["feed_forward"] += 6.0 * cfg.embed * cfg.mlp
     return parts

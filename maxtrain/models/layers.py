@@ -39,14 +39,14 @@ class Norm(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """Gated feed-forward: down(act(gate(x)) * up(x)). Shapes: x [batch, length, embed]."""
+    """Gated feed-forward: down(act(gate(x)) * up(x)); `cfg.mlp` wide unless told otherwise. Shapes: x [batch, length, embed]."""
 
-    def __init__(self, cfg: schema.Model, dtype: str):
+    def __init__(self, cfg: schema.Model, dtype: str, width: int | None = None):
         self.activation = cfg.activation
-        scale = cfg.init_scale
-        self.gate = param((cfg.embed, cfg.mlp), ("embed", "mlp"), std=scale * cfg.embed**-0.5, dtype=dtype)
-        self.up = param((cfg.embed, cfg.mlp), ("embed", "mlp"), std=scale * cfg.embed**-0.5, dtype=dtype)
-        self.down = param((cfg.mlp, cfg.embed), ("mlp", "embed"), std=scale * (cfg.mlp * 2 * cfg.num_layers) ** -0.5, dtype=dtype)
+        scale, width = cfg.init_scale, width or cfg.mlp
+        self.gate = param((cfg.embed, width), ("embed", "mlp"), std=scale * cfg.embed**-0.5, dtype=dtype)
+        self.up = param((cfg.embed, width), ("embed", "mlp"), std=scale * cfg.embed**-0.5, dtype=dtype)
+        self.down = param((width, cfg.embed), ("mlp", "embed"), std=scale * (width * 2 * cfg.num_layers) ** -0.5, dtype=dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return matmul(GATED[self.activation](matmul(x, self.gate), matmul(x, self.up)), self.down)

@@ -1,25 +1,31 @@
 """Mixture of experts (Shazeer et al., 2017; Mixtral): a router sends each token to a few gated feed-forwards.
 
-What is not linear in the batch, the balancing loss and the capacity, is defined per sequence, so neither the mesh nor the
-number of microbatches changes what is computed.
+`ops.routing` decides who goes where; the dispatch functions here carry rows to their experts and back. Capacity, which is not
+linear in the batch, is defined per sequence, so neither the mesh nor the number of microbatches changes what is computed.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from maxtrain.config import schema
+from maxtrain.models.layers import Mlp, matmul
 from maxtrain.ops.gated import GATED
 from maxtrain.ops.grouped_matmul import grouped_matmul
+from maxtrain.ops.routing import Balance, balance, route
 from maxtrain.parallel.sharding import param, per_batch_shard
 
 
 class MoeMlp(nnx.Module):
-    """Routed gated feed-forward. Shapes: x [batch, length, embed]."""
+    """Routed gated feed-forward. Shapes: x [batch, length, embed].
+
+    The balancing bias is no weight: gradients do not train it, see `ops.routing.balance` and `training.step`.
+    """
 
     def __init__(self, cfg: schema.Model, dtype: str):
         assert cfg.moe is not None
@@ -30,39 +36,63 @@ class MoeMlp(nnx.Module):
         self.up = param((experts, embed, mlp), ("expert", "embed", "mlp"), std=scale * embed**-0.5, dtype=dtype)
         down_std = scale * (mlp * 2 * cfg.num_layers) ** -0.5
         self.down = param((experts, mlp, embed), ("expert", "mlp", "embed"), std=down_std, dtype=dtype)
+        self.router_bias = param((experts,), ("expert",), std=0.0, dtype=dtype) if cfg.moe.router_bias else None
+        self.balance_bias = param((experts,), ("balance",), std=0.0) if cfg.moe.balance_rate is not None else None
+        biased = cfg.moe.expert_bias
+        self.gate_bias = param((experts, mlp), ("expert", "mlp"), std=0.0, dtype=dtype) if biased else None
+        self.up_bias = param((experts, mlp), ("expert", "mlp"), std=0.0, dtype=dtype) if biased else None
+        self.down_bias = param((experts, embed), ("expert", "embed"), std=0.0, dtype=dtype) if biased else None
+        self.shared = Mlp(cfg, dtype, width=cfg.moe.shared_mlp) if cfg.moe.shared_mlp else None
+        self.shared_gate = param((embed, 1), ("embed", None), std=scale * embed**-0.5, dtype=dtype) if cfg.moe.shared_gate else None
 
-    def __call__(self, x: jax.Array, segments: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Output [batch, length, embed] and the balancing loss, summed over tokens (a scalar)."""
-        probabilities = jax.nn.softmax(jnp.einsum("ble,ex->blx", x.astype(jnp.float32), self.router.get_value().astype(jnp.float32)))
-        weights, experts = jax.lax.top_k(probabilities, self.cfg.experts_per_token)
-        if self.cfg.norm_topk:
-            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-        real = segments != 0
+    def __call__(self, x: jax.Array, segments: jax.Array) -> tuple[jax.Array, Balance]:
+        """Output [batch, length, embed] and the balancing terms; tokens of segment 0 are padding."""
+        logits = jnp.einsum("ble,ex->blx", x.astype(jnp.float32), self.router.get_value().astype(jnp.float32))
+        if self.router_bias is not None:
+            logits += self.router_bias.get_value().astype(jnp.float32)
+        balance_bias = None if self.balance_bias is None else self.balance_bias.get_value()
+        routing, real = route(self.cfg, logits, balance_bias), segments != 0
         dispatch = per_batch_shard(DISPATCH[self.cfg.dispatch](self.cfg, self.activation), num_batched=4)
-        matrices = [p.get_value().astype(x.dtype) for p in (self.gate, self.up, self.down)]
-        y = dispatch(x, weights.astype(x.dtype), experts, real, *matrices)
-        return y, self._balance(probabilities, experts, real)
+        weights = (self.gate, self.up, self.down, self.gate_bias, self.up_bias, self.down_bias)
+        matrices = [p.get_value().astype(x.dtype) for p in weights if p is not None]
+        y = dispatch(x, routing.weights.astype(x.dtype), routing.experts, real, *matrices)
+        if self.shared is not None:
+            y += self._shared(self.shared, x)
+        return y, balance(self.cfg, routing, real, balance_bias)
 
-    def _balance(self, probabilities: jax.Array, experts: jax.Array, real: jax.Array) -> jax.Array:
-        """Sum over tokens of E * sum_e f_e * P_e (Fedus et al., 2021, equation 4) of the token's sequence; 1 a token when balanced."""
-        num_experts, tokens = self.cfg.num_experts, jnp.sum(real, axis=1)[:, None].astype(jnp.float32)
-        chosen = jax.nn.one_hot(experts, num_experts, dtype=jnp.float32).sum(axis=2) * real[:, :, None]
-        share = chosen.sum(axis=1) / jnp.maximum(tokens * self.cfg.experts_per_token, 1)
-        mean_probability = jnp.sum(probabilities * real[:, :, None], axis=1) / jnp.maximum(tokens, 1)
-        return jnp.sum(num_experts * jnp.sum(share * mean_probability, axis=-1, keepdims=True) * tokens)
+    def _shared(self, shared: Mlp, x: jax.Array) -> jax.Array:
+        """The expert that sees every token, behind its gate if it has one."""
+        y = shared(x)
+        return y if self.shared_gate is None else y * jax.nn.sigmoid(matmul(x, self.shared_gate))
+
+
+def _experts(activation: str, rows: jax.Array, matrices: tuple[jax.Array, ...], product: Any, of_rows: Any) -> jax.Array:
+    """The experts' feed-forward on sorted or boxed rows.
+
+    Args:
+        matrices: gate, up, down [experts, in, out] and, where experts have them, their biases [experts, out].
+        product: (rows, matrix) -> rows, each by its own expert's matrix.
+        of_rows: bias [experts, out] -> something that adds to the rows.
+    """
+    gate, up, down, *biases = matrices
+    if not biases:
+        return product(GATED[activation](product(rows, gate), product(rows, up)), down)
+    gate_bias, up_bias, down_bias = map(of_rows, biases)
+    hidden = GATED[activation](product(rows, gate) + gate_bias, product(rows, up) + up_bias)
+    return product(hidden, down) + down_bias
 
 
 def dropless(cfg: schema.Moe, activation: str):
     """Every token reaches its experts: rows are sorted by expert and multiplied group by group."""
 
-    def dispatch(x: jax.Array, weights: jax.Array, experts: jax.Array, real: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array):
+    def dispatch(x: jax.Array, weights: jax.Array, experts: jax.Array, real: jax.Array, *matrices: jax.Array):
         batch, length, embed = x.shape
         chosen = experts.reshape(-1)
         order = jnp.argsort(chosen, stable=True)
         sizes = jnp.bincount(chosen, length=cfg.num_experts).astype(jnp.int32)
         rows = x.reshape(-1, embed)[order // cfg.experts_per_token]
-        hidden = GATED[activation](grouped_matmul(rows, gate, sizes), grouped_matmul(rows, up, sizes))
-        out = grouped_matmul(hidden, down, sizes)[jnp.argsort(order)]
+        out = _experts(activation, rows, matrices, lambda a, b: grouped_matmul(a, b, sizes), lambda bias: bias[chosen[order]])
+        out = out[jnp.argsort(order)]
         return jnp.einsum("blke,blk->ble", out.reshape(batch, length, cfg.experts_per_token, embed), weights)
 
     return dispatch
@@ -71,7 +101,7 @@ def dropless(cfg: schema.Moe, activation: str):
 def capacity(cfg: schema.Moe, activation: str):
     """Each expert takes at most `capacity_factor` times an even share of a sequence's tokens, first choices first."""
 
-    def dispatch(x: jax.Array, weights: jax.Array, experts: jax.Array, real: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array):
+    def dispatch(x: jax.Array, weights: jax.Array, experts: jax.Array, real: jax.Array, *matrices: jax.Array):
         batch, length, embed = x.shape
         slots = max(1, math.ceil(cfg.capacity_factor * length * cfg.experts_per_token / cfg.num_experts))
         by_rank = experts.transpose(0, 2, 1).reshape(batch, -1)  # all first choices, then all second ones
@@ -82,8 +112,8 @@ def capacity(cfg: schema.Moe, activation: str):
         rows = jnp.tile(x, (1, cfg.experts_per_token, 1))
         boxes = jax.vmap(lambda row, at: jnp.zeros((cfg.num_experts * slots, embed), x.dtype).at[at].set(row, mode="drop"))(rows, target)
         boxes = boxes.reshape(batch, cfg.num_experts, slots, embed).transpose(1, 0, 2, 3).reshape(cfg.num_experts, -1, embed)
-        hidden = GATED[activation](boxes @ gate, boxes @ up)
-        out = (hidden @ down).reshape(cfg.num_experts, batch, slots, embed).transpose(1, 0, 2, 3).reshape(batch, -1, embed)
+        out = _experts(activation, boxes, matrices, jnp.matmul, lambda bias: bias[:, None])
+        out = out.reshape(cfg.num_experts, batch, slots, embed).transpose(1, 0, 2, 3).reshape(batch, -1, embed)
         picked = jax.vmap(lambda row, at: row.at[at].get(mode="fill", fill_value=0))(out, target)
         return jnp.einsum("bkle,blk->ble", picked.reshape(batch, cfg.experts_per_token, length, embed), weights)
 

@@ -6,15 +6,26 @@ from collections.abc import Callable
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 
 from maxtrain.ops.linear import settle
 
+Gated = Callable[[jax.Array, jax.Array], jax.Array]
 
-def gated(activation: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array, jax.Array], jax.Array]:
+
+def gated(activation: Callable[[jax.Array], jax.Array]) -> Gated:
     """The gated form of an element-wise activation: (gate, up), alike in shape, -> activation(gate) * up."""
+    return lean(lambda gate, up: activation(gate) * up)
 
-    def plain(gate: jax.Array, up: jax.Array) -> jax.Array:
-        return activation(gate) * up
+
+def clamped_swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """GPT-OSS: gate * sigmoid(1.702 gate) * (up + 1), the gate cut off above 7 and up beyond +-7."""
+    gate, up = jnp.minimum(gate, 7.0), jnp.clip(up, -7.0, 7.0)
+    return gate * jax.nn.sigmoid(1.702 * gate) * (up + 1)
+
+
+def lean(plain: Gated) -> Gated:
+    """An element-wise function of gate and up whose gradient keeps only the two."""
 
     @jax.custom_vjp
     def function(gate: jax.Array, up: jax.Array) -> jax.Array:
@@ -34,4 +45,5 @@ GATED = {
     "silu": gated(jax.nn.silu),
     "gelu": gated(partial(jax.nn.gelu, approximate=False)),
     "gelu_tanh": gated(partial(jax.nn.gelu, approximate=True)),
+    "clamped_swiglu": lean(clamped_swiglu),
 }

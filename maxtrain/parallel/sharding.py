@@ -100,10 +100,13 @@ def param_axes(leaf: nnx.Variable) -> Axes:
 
 
 def kind(axes: Axes) -> str:
-    """What a parameter is for weight decay and tables: matrix, embedding, norm or bias."""
+    """What a parameter is for weight decay and tables: matrix, embedding, norm, bias, or a balancing bias, which no gradient trains."""
     own = tuple(axis for axis in axes if axis != "layers")
+    if "balance" in own:
+        return "balance"
     if "norm" in own:
         return "norm"
+    own = own[1:] if own[:1] == ("expert",) else own  # an expert's bias is a bias
     return "embedding" if own == ("vocab", "embed") else "matrix" if len(own) > 1 else "bias"
 
 

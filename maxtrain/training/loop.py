@@ -307,8 +307,7 @@ class Trainer:
         row["goodput"] = self.useful_seconds / max(1e-9, time.perf_counter() - self.started)
         if self.compile_seconds is not None:
             row["compile_seconds"], self.compile_seconds = self.compile_seconds, None
-        if "balance" in host:
-            row["balance"] = float(host["balance"]) / max(tokens, 1.0)
+        row |= {name: float(host[name]) / max(tokens, 1.0) for name in ("balance", "router_z") if name in host}
         for index, name in enumerate(self.data.source_names if "loss_by_source" in host else ()):
             count = float(host["tokens_by_source"][index])
             row |= {f"tokens/{name}": round(count)} | ({f"loss/{name}": float(host["loss_by_source"][index]) / count} if count else {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from maxtrain.config import schema
+from maxtrain.ops.routing import balance_step
 from maxtrain.parallel.sharding import is_param, kind
 
 
@@ -34,6 +36,27 @@ def decay(direction: Any, model: Any, cfg: schema.Optimizer) -> Any:
         return jax.tree.map(lambda update, value: update + cfg.weight_decay * value, d, p)
 
     return jax.tree.map(one, direction, model, is_leaf=is_param)
+
+
+def _is_balance(p: Any) -> bool:
+    return kind(p.get_metadata("axes")) == "balance"
+
+
+def split(grads: Any) -> tuple[Any, Any]:
+    """The gradients with zeros for the balancing biases, and the loads that stood there, None elsewhere.
+
+    What a loss hands back for a balancing bias is a count of tokens, no slope: clipping, norm and optimizer must not see it.
+    """
+    trained = jax.tree.map(lambda g: jax.tree.map(jnp.zeros_like, g) if _is_balance(g) else g, grads, is_leaf=is_param)
+    return trained, jax.tree.map(lambda g: g if _is_balance(g) else None, grads, is_leaf=is_param)
+
+
+def rebalance(updates: Any, loads: Any, cfg: schema.Model) -> Any:
+    """The updates with those of the balancing biases by their own rule; learning rate and schedule have no part in it."""
+    if cfg.moe is None or cfg.moe.balance_rate is None:
+        return updates
+    rule = partial(balance_step, rate=cfg.moe.balance_rate)
+    return jax.tree.map(lambda u, load: u if load is None else jax.tree.map(rule, load), updates, loads, is_leaf=is_param)
 
 
 def _cosine(cfg: schema.Schedule, step: jax.Array, steps: int) -> jax.Array:

@@ -12,7 +12,7 @@ import optax
 from maxtrain.config import schema
 from maxtrain.ops.attention import Context
 from maxtrain.ops.loss import cross_entropy
-from maxtrain.training.optimizer import decay, make_optimizer, make_schedule
+from maxtrain.training.optimizer import decay, make_optimizer, make_schedule, rebalance, split
 from maxtrain.training.state import Guard, TrainState
 
 Batch = dict[str, jax.Array]
@@ -22,7 +22,7 @@ LossFn = Callable[[Any, Batch], tuple[jax.Array, Sums]]
 
 
 def next_token_loss(config: schema.Config, num_sources: int = 1) -> LossFn:
-    """Cross-entropy of the next token, with the z-loss and the routers' balancing loss of the config."""
+    """Cross-entropy of the next token, with the z-loss and the routers' balancing terms of the config."""
 
     def loss_fn(model: Any, batch: Batch) -> tuple[jax.Array, Sums]:
         output = model(batch["tokens"], Context(batch["positions"], batch["segments"]))
@@ -41,8 +41,8 @@ def next_token_loss(config: schema.Config, num_sources: int = 1) -> LossFn:
             for name, values in (("loss", rows), ("tokens", weights.sum(axis=1))):
                 sums[f"{name}_by_source"] = jax.ops.segment_sum(values, batch["source"], num_sources)
         if config.model.moe is not None:
-            total += config.model.moe.aux_loss * output.balance
-            sums["balance"] = jax.lax.stop_gradient(output.balance)
+            total += output.balance.loss
+            sums |= {"balance": output.balance.aux, "router_z": output.balance.z}
         return total, sums
 
     return loss_fn
@@ -54,6 +54,7 @@ def make_train_step(config: schema.Config, loss_fn: LossFn) -> Callable[[TrainSt
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         grads, total, sums = accumulate(loss_fn, state.model, batch, config.train.microbatches)
+        grads, loads = split(grads)
         tokens = jnp.maximum(sums["tokens"], 1.0)
         grads = jax.tree.map(lambda g: g / tokens, grads)
         norm = optax.tree.norm(grads)
@@ -62,6 +63,7 @@ def make_train_step(config: schema.Config, loss_fn: LossFn) -> Callable[[TrainSt
         direction, opt_state = optimizer.update(jax.tree.map(lambda g: g * clip, grads), state.opt_state, state.model)
         lr = schedule(state.step)
         updates = jax.tree.map(lambda d: -lr * d, decay(direction, state.model, config.optimizer))
+        updates = rebalance(updates, loads, config.model)
         new = jax.tree.map(lambda p, u: (p + u).astype(p.dtype), state.model, updates), opt_state
         model, opt_state = jax.tree.map(lambda after, before: jnp.where(ok, after, before), new, (state.model, state.opt_state))
         metrics = sums | {"objective": total / tokens, "grad_norm": norm, "param_norm": optax.tree.norm(model), "lr": lr, "skipped": ~ok}

@@ -6,6 +6,7 @@ import pytest
 
 from maxtrain.config import Refused, load
 
+MOE = "model: {slots: {layer: {feed_forward: moe}}, moe: {num_experts: 8, experts_per_token: 2, mlp: 8, @}}"
 BROKEN = [
     # unknown keys
     ("train: {step: 5}", "run.yml:1: unknown key train.step; did you mean train.steps?"),
@@ -64,6 +65,13 @@ BROKEN = [
     ("data:\n  tokenizer:\n    kind: bpe", "run.yml:3: data.tokenizer: kind: bpe needs vocab_size"),
     ("checkpoint: {best: eval/x/loss}", "checkpoint.best: 'eval/x/loss' is not measured"),
     ("schedule: {kind: constant, final_fraction: 0.5}", "schedule: kind: constant does not read final_fraction: remove it"),
+    # routers
+    (MOE.replace("@", "shared_gate: true"), "model.moe: shared_gate has no effect without a shared expert"),
+    (MOE.replace("@", "num_groups: 3"), "model.moe: num_groups=3 does not divide num_experts=8"),
+    (MOE.replace("@", "groups_per_token: 2"), "model.moe: groups_per_token=2 is more than num_groups=1"),
+    (MOE.replace("@", "group_score: top2"), "model.moe: group_score has no effect when every group is chosen"),
+    (MOE.replace("@", "num_groups: 8, groups_per_token: 2, group_score: top2"), "model.moe: group_score: top2 needs groups of two experts"),
+    (MOE.replace("@", "num_groups: 8, groups_per_token: 1"), "model.moe: experts_per_token=2 is more than the 1 experts of the groups"),
     # YAML itself
     ("train: {steps: 1}\nrun:\n  name: a\n  name: b", "run.yml:4: the key name is set twice, first in line 3"),
     (

@@ -27,6 +27,12 @@ def test_experts_count_for_the_tokens_they_get():
     assert flops.forward(cfg, 8)["feed_forward"] == pytest.approx(2 * 64 * (2 * 3 * 24 + 8))
 
 
+def test_shared_experts_count_for_every_token():
+    moe = schema.Moe(num_experts=8, experts_per_token=2, mlp=24, shared_mlp=40, shared_gate=True)
+    cfg = schema.Model(slots={"layer": schema.Slot(feed_forward="moe")}, moe=moe, num_layers=1)
+    assert flops.forward(cfg, 8)["feed_forward"] == pytest.approx(2 * 64 * (2 * 3 * 24 + 3 * 40 + 8 + 1))
+
+
 def test_windows_are_counted():
     full, local = (schema.Model(num_layers=1, slots={"layer": schema.Slot(window=w)}) for w in (None, 16))
     assert flops.forward(local, 1024)["attention"] < flops.forward(full, 1024)["attention"] / 20

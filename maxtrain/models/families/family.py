@@ -16,7 +16,7 @@ from maxtrain.models.families.tensors import Row
 ACTIVATIONS = {"silu": "silu", "swish": "silu"}  # hidden_act -> model.activation
 # Of the section `model`, what is not the model's function: how it is run, initialised or balanced in training
 NOT_FUNCTION = {"layers", "init_scale", "init_from"}
-NOT_FUNCTION_MOE = {"dispatch", "capacity_factor", "aux_loss"}
+NOT_FUNCTION_MOE = {"dispatch", "capacity_factor", "aux_loss", "router_z_loss", "balance_rate"}
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ def function(model: schema.Model) -> dict[str, Any]:
         values.pop("mlp")
     if model.moe is not None:
         values["moe"] = {name: getattr(model.moe, name) for name in schema.Moe.model_fields if name not in NOT_FUNCTION_MOE}
+        values["moe"]["balanced"] = model.moe.balance_rate is not None  # whether there is a bias, not how fast it moves
     return values
 
 
