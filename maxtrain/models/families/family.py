@@ -13,7 +13,13 @@ from maxtrain.config.errors import Refused
 from maxtrain.models.families.fields import Fields
 from maxtrain.models.families.tensors import Row
 
-ACTIVATIONS = {"silu": "silu", "swish": "silu"}  # hidden_act -> model.activation
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu": "gelu",
+}  # hidden_act -> model.activation
 # Of the section `model`, what is not the model's function: how it is run, initialised or balanced in training
 NOT_FUNCTION = {"layers", "init_scale", "init_from"}
 NOT_FUNCTION_MOE = {"dispatch", "capacity_factor", "aux_loss", "router_z_loss", "balance_rate"}

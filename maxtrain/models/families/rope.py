@@ -37,19 +37,39 @@ def _write_llama3(scaling: schema.RopeScaling) -> dict[str, Any]:
     }
 
 
+def _read_yarn(rope: Fields, config: Fields) -> schema.RopeScaling:
+    original = rope.get("original_max_position_embeddings") or config.need("max_position_embeddings")
+    names = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
+    numbers = {name: float(rope.get(name)) for name in names if rope.get(name)}
+    factor = rope.get("factor") or config.need("max_position_embeddings") / original
+    return schema.RopeScaling(kind="yarn", factor=factor, original_length=original, truncate=rope.get("truncate", True), **numbers)
+
+
+def _write_yarn(scaling: schema.RopeScaling) -> dict[str, Any]:
+    names = ("factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")
+    values = {name: getattr(scaling, name) for name in names if getattr(scaling, name) is not None}
+    return {"rope_type": "yarn", "original_max_position_embeddings": scaling.original_length, **values}
+
+
 SCALINGS: Mapping[str, Scaling] = {
     "default": Scaling(lambda rope, config: None, lambda scaling: {"rope_type": "default"}),
+    "linear": Scaling(
+        lambda rope, config: schema.RopeScaling(kind="linear", factor=rope.need("factor")),
+        lambda scaling: {"rope_type": "linear", "factor": scaling.factor},
+    ),
     "llama3": Scaling(_read_llama3, _write_llama3),
+    "yarn": Scaling(_read_yarn, _write_yarn),
 }
 
 
-def read(config: Fields, theta: float = 10000.0, layer_type: str | None = None) -> schema.Rope:
+def read(config: Fields, theta: float = 10000.0, layer_type: str | None = None, fraction: float | None = None) -> schema.Rope:
     """The rotary embedding of a config.
 
     Args:
         config: all its fields.
         theta: the family's base where the config names none.
         layer_type: which entry to take where `rope_parameters` has one for each type of layer (`full_attention`).
+        fraction: the share of a head that is rotated where the config names none; None for families that rotate all of it.
 
     Raises:
         Refused: the kind of scaling is not supported, or both forms are there and differ.
@@ -63,15 +83,21 @@ def read(config: Fields, theta: float = 10000.0, layer_type: str | None = None) 
     if today is not None and before is None and "rope_theta" in config.values and today.get("rope_theta", outer) != outer:
         raise Refused(f"{config.place}: rope_theta and rope_parameters.rope_theta differ: remove one of them")
     scaling = today or before
+    if fraction is not None:
+        fraction = float(config.get("partial_rotary_factor", fraction))
+        fraction = fraction if scaling is None else float(scaling.get("partial_rotary_factor", fraction))
+    fraction = 1.0 if fraction is None else fraction
     if scaling is None:
-        return schema.Rope(theta=outer)
+        return schema.Rope(theta=outer, fraction=fraction)
     kind = "rope_type" if "rope_type" in scaling.values else "type"
     if kind == "rope_type":
         scaling.get("type")  # older files repeat it under this name
-    return schema.Rope(theta=scaling.get("rope_theta", outer), scaling=scaling.one_of(kind, SCALINGS, "default").read(scaling, config))
+    found = scaling.one_of(kind, SCALINGS, "default").read(scaling, config)
+    return schema.Rope(theta=scaling.get("rope_theta", outer), fraction=fraction, scaling=found)
 
 
 def write(rope: schema.Rope) -> dict[str, Any]:
     """`rope_parameters` of today's form."""
     kind = "default" if rope.scaling is None else rope.scaling.kind
-    return {"rope_theta": rope.theta, **SCALINGS[kind].write(rope.scaling)}  # type: ignore[arg-type]
+    part = {} if rope.fraction == 1.0 else {"partial_rotary_factor": rope.fraction}
+    return {"rope_theta": rope.theta, **part, **SCALINGS[kind].write(rope.scaling)}  # type: ignore[arg-type]

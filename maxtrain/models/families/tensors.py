@@ -143,6 +143,51 @@ def attention(ours: str, theirs: str) -> Iterator[Row]:
         yield linear(f"{ours}attention/{name}", f"{theirs}self_attn.{tensor}.weight")
 
 
+def attention_vectors(model: schema.Model, ours: str, theirs: str) -> Iterator[Row]:
+    """Biases of the projections and scales of the norms of queries and keys, where the model has them."""
+    biased = "qkv" * model.qkv_bias
+    for name in biased:
+        yield same(f"{ours}attention/{name}_bias", f"{theirs}self_attn.{name}_proj.bias")
+    if model.out_bias:
+        yield same(f"{ours}attention/out_bias", f"{theirs}self_attn.o_proj.bias")
+    for name in "qk" if model.qk_norm != "none" else "":
+        yield same(f"{ours}attention/{name}_norm/scale", f"{theirs}self_attn.{name}_norm.weight")
+
+
+PRE_NORMS = {"attention_norm": "input_layernorm", "feed_forward_norm": "post_attention_layernorm"}
+
+
+def fused_attention(model: schema.Model, ours: str, theirs: str) -> Iterator[Row]:
+    """Grouped-query attention with queries, keys and values in one tensor (Phi-3)."""
+    heads, kv_heads = model.num_heads * model.head_width, model.num_kv_heads * model.head_width
+    names = tuple(f"{ours}attention/{name}" for name in "qkv")
+    yield Row(names, (Form((f"{theirs}self_attn.qkv_proj.weight",), fused((heads, kv_heads, kv_heads))),))
+    yield linear(f"{ours}attention/out", f"{theirs}self_attn.o_proj.weight")
+
+
+def fused_gated(model: schema.Model, ours: str, theirs: str) -> Iterator[Row]:
+    """A gated feed-forward with gate and up in one tensor (Phi-3, GLM-4)."""
+    names = f"{ours}feed_forward/gate", f"{ours}feed_forward/up"
+    yield Row(names, (Form((f"{theirs}mlp.gate_up_proj.weight",), fused((model.mlp, model.mlp))),))
+    yield linear(f"{ours}feed_forward/down", f"{theirs}mlp.down_proj.weight")
+
+
+def dense(norms: Mapping[str, str], *, fused_qkv: bool = False, fused_up: bool = False) -> Callable[[schema.Model], Iterator[Row]]:
+    """The rows of models whose layers are attention and a gated feed-forward; `norms` says what their norms are called."""
+
+    def rows(model: schema.Model) -> Iterator[Row]:
+        yield from ends(model)
+        for index, (ours, _) in enumerate(layers(model)):
+            theirs = f"model.layers.{index}."
+            for name, tensor in norms.items():
+                yield same(f"{ours}{name}/scale", f"{theirs}{tensor}.weight")
+            yield from fused_attention(model, ours, theirs) if fused_qkv else attention(ours, theirs)
+            yield from attention_vectors(model, ours, theirs)
+            yield from fused_gated(model, ours, theirs) if fused_up else gated(ours, theirs)
+
+    return rows
+
+
 def gated(ours: str, theirs: str) -> Iterator[Row]:
     """A gated feed-forward, a tensor for each of its matrices."""
     for name in ("gate", "up", "down"):

@@ -1,0 +1,46 @@
+"""GLM-4 (9B of 2024, `glm`) and GLM-4-0414 (`glm4`, sandwich norms): half of each head is rotated, neighbours as pairs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from maxtrain.config import schema
+from maxtrain.models.families import rope
+from maxtrain.models.families.family import Family, base, base_config
+from maxtrain.models.families.fields import Fields
+from maxtrain.models.families.tensors import PRE_NORMS, dense
+
+SANDWICH = {
+    "attention_norm": "input_layernorm",
+    "attention_post_norm": "post_self_attn_layernorm",
+    "feed_forward_norm": "post_attention_layernorm",
+    "feed_forward_post_norm": "post_mlp_layernorm",
+}
+
+
+def _keys(fields: Fields) -> dict[str, Any]:
+    turned = rope.read(fields, fraction=0.5).model_copy(update={"interleaved": True})
+    keys = base(fields, eps=1.5625e-7, max_length=131072) | {"head_dim": fields.get("head_dim", 128)}
+    return {**keys, "mlp": fields.need("intermediate_size"), "rope": turned, "qkv_bias": fields.get("attention_bias", True)}
+
+
+def _write(model: schema.Model) -> dict[str, Any]:
+    part = {"partial_rotary_factor": model.rope.fraction}
+    return {
+        **base_config(model),
+        "intermediate_size": model.mlp,
+        "rope_parameters": rope.write(model.rope) | part,
+        "attention_bias": model.qkv_bias,
+    }
+
+
+FAMILIES = (
+    Family("glm", "GlmForCausalLM", lambda fields: schema.Model(**_keys(fields)), _write, dense(PRE_NORMS, fused_up=True)),
+    Family(
+        "glm4",
+        "Glm4ForCausalLM",
+        lambda fields: schema.Model(**_keys(fields), norm_placement="sandwich"),
+        _write,
+        dense(SANDWICH, fused_up=True),
+    ),
+)

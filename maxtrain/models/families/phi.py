@@ -1,0 +1,36 @@
+"""Phi-3 and Phi-4: Llama with fused projections, and a part of each head rotated in Phi-4-mini."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from maxtrain.config import schema
+from maxtrain.models.families import rope
+from maxtrain.models.families.family import Family, base, base_config
+from maxtrain.models.families.fields import Fields
+from maxtrain.models.families.tensors import PRE_NORMS, dense
+
+
+def _read(fields: Fields) -> schema.Model:
+    slots = {"layer": schema.Slot(window=fields.get("sliding_window"))}
+    keys = base(fields, eps=1e-5, max_length=4096)
+    return schema.Model(**keys, mlp=fields.need("intermediate_size"), rope=rope.read(fields, fraction=1.0), slots=slots)
+
+
+def _write(model: schema.Model) -> dict[str, Any]:
+    window = model.slots[model.kinds[0]].window
+    found = {key: value for key, value in base_config(model).items() if key != "head_dim"}  # the class has none
+    return {**found, "intermediate_size": model.mlp, "rope_parameters": rope.write(model.rope), "sliding_window": window}
+
+
+FAMILIES = (
+    Family(
+        "phi3",
+        "Phi3ForCausalLM",
+        _read,
+        _write,
+        dense(PRE_NORMS, fused_qkv=True, fused_up=True),
+        ignored=frozenset({"original_max_position_embeddings"}),  # read by the scaling that is refused
+        fixed={"attention_bias": False},
+    ),
+)

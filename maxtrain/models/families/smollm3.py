@@ -1,0 +1,45 @@
+"""SmolLM3: Llama in which some layers, every fourth as published, carry no positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from maxtrain.config import schema
+from maxtrain.models.families import pattern, rope
+from maxtrain.models.families.family import Family, base, base_config
+from maxtrain.models.families.fields import Fields
+from maxtrain.models.families.tensors import PRE_NORMS, dense
+
+
+def _read(fields: Fields) -> schema.Model:
+    count, interval, bias = fields.need("num_hidden_layers"), fields.get("no_rope_layer_interval", 4), fields.get("attention_bias", False)
+    rotated = fields.get("no_rope_layers", [int((index + 1) % interval != 0) for index in range(count)])  # 1 where there is rope
+    kinds = ["rotary" if there else "plain" for there in rotated]
+    layers = pattern.grouped(kinds, {"rotary": schema.Slot(), "plain": schema.Slot(rotary=False)})
+    keys = base(fields, max_length=32768, tied=True)
+    parts = {"mlp": fields.need("intermediate_size"), "rope": rope.read(fields, 2e6), "qkv_bias": bias, "out_bias": bias}
+    return schema.Model(**keys, **layers, **parts)
+
+
+def _write(model: schema.Model) -> dict[str, Any]:
+    found = {key: value for key, value in base_config(model).items() if key != "head_dim"}  # the class has none
+    return {
+        **found,
+        "intermediate_size": model.mlp,
+        "rope_parameters": rope.write(model.rope),
+        "attention_bias": model.out_bias,
+        "no_rope_layers": [int(model.slots[kind].rotary) for kind in model.kinds],
+    }
+
+
+FAMILIES = (
+    Family(
+        "smollm3",
+        "SmolLM3ForCausalLM",
+        _read,
+        _write,
+        dense(PRE_NORMS),
+        ignored=frozenset({"layer_types", "max_window_layers", "sliding_window"}),  # read with use_sliding_window only
+        fixed={"mlp_bias": False, "use_sliding_window": False},
+    ),
+)
