@@ -74,7 +74,7 @@ def _explain(error: Mapping[str, Any], origins: Mapping[str, Origin]) -> Iterato
             break
         path = unknown
     field, kind = keys.at(path) or keys.ROOT, error["type"]
-    about = f" ({field.description})" if field.description else ""
+    about = f" ({' '.join(field.description.split())})" if field.description else ""
     if kind == "value_error":
         yield from (_clash(path, message, origins) for message in str(error["ctx"]["error"]).split("\n"))
     elif kind == "extra_forbidden" or error["loc"][-1] == "[key]":

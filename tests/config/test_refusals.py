@@ -54,6 +54,14 @@ BROKEN = [
     ("train: {steps: 010}", "train.steps: '010' is refused: write a whole number"),
     ("train: {steps: 0x10}", "train.steps: '0x10' is refused: write a whole number"),
     # keys that do not fit together
+    (
+        "model: {rope: {fraction: 0.2}}",
+        "model: rotary embedding turns pairs: 0.2 (rope.fraction) of the head width 16 must be even and above 0",
+    ),
+    ("model: {rope: {scaling: {kind: linear, beta_fast: 9}}}", "beta_fast has no effect with kind: linear; it is read by yarn"),
+    ("model: {rope: {scaling: {kind: yarn, beta_fast: 1}}}", "beta_fast must be larger than beta_slow"),
+    ("model: {slots: {layer: {rotary: false, rope: {theta: 9}}}}", "rope has no effect with rotary: false; remove one of them"),
+    ("model: {norm_placement: both}", "model.norm_placement: both is refused: write pre, post, sandwich or parallel"),
     ("model:\n  embed: 60\n  num_heads: 5", "run.yml:3: model: num_heads=5 is not a multiple of num_kv_heads=2"),
     ("model:\n  layer_pattern: [local]", "run.yml:2: model: layer_pattern or prefix names ['local']"),
     (

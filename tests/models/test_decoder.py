@@ -33,6 +33,36 @@ CONFIGS = {
     ),
 }
 
+MECHANISMS = CONFIGS | {  # what transformers is the reference for, in tests/models/test_families.py
+    "sandwich": schema.Model(
+        **TINY,
+        norm="rms_one_plus",
+        norm_placement="sandwich",
+        qk_norm="head",
+        attention_scale=0.4,
+        attention_softcap=2.0,
+        final_softcap=1.5,
+        activation="gelu_tanh",
+        embedding_multiplier=5.0,
+        slots={"local": schema.Slot(window=9, rope=schema.Rope(theta=100.0)), "global": schema.Slot()},
+        layer_pattern=("local", "local", "global"),
+    ),
+    "post": schema.Model(
+        **TINY,
+        head_dim=16,
+        norm_placement="post",
+        qk_norm="projection",
+        qkv_bias=True,
+        out_bias=True,
+        attention_sinks=True,
+        residual_multiplier=0.5,
+        rope=schema.Rope(fraction=0.5, interleaved=True, scaling=schema.RopeScaling(kind="yarn", factor=4.0, original_length=16)),
+        slots={"rotary": schema.Slot(), "plain": schema.Slot(rotary=False)},
+        layer_pattern=("rotary", "plain"),
+    ),
+    "parallel": schema.Model(**TINY, norm="layer", norm_placement="parallel", logit_multiplier=0.25, activation="gelu"),
+}
+
 
 def build(cfg, layers, remat=REMAT):
     cfg = cfg.model_copy(update={"layers": layers})
@@ -126,16 +156,18 @@ def test_logits_match_numpy(name):
 # ------------------------------------------------------------------------------------------------------- promises
 
 
-@pytest.mark.parametrize("name", ["llama", "pattern"])
+@pytest.mark.parametrize("name", ["llama", "pattern", "sandwich", "post"])
 def test_scan_equals_unroll(name):
     tokens, context = inputs()
-    a, b = (logits(build(CONFIGS[name], layers), tokens, context) for layers in ("scan", "unroll"))
+    a, b = (logits(build(MECHANISMS[name], layers), tokens, context) for layers in ("scan", "unroll"))
     np.testing.assert_allclose(a, b, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("layers", ["scan", "unroll"])
-def test_cache_gives_the_full_forward(layers):
-    model, (tokens, _) = build(CONFIGS["pattern"], layers), inputs()
+@pytest.mark.parametrize(
+    ("name", "layers"), [("pattern", "scan"), ("pattern", "unroll"), ("sandwich", "scan"), ("post", "scan"), ("parallel", "scan")]
+)
+def test_cache_gives_the_full_forward(name, layers):
+    model, (tokens, _) = build(MECHANISMS[name], layers), inputs()
     positions = np.tile(np.arange(40, dtype=np.int32), (2, 1))
     ones = np.ones_like(positions)
     want = logits(model, tokens, Context(positions, ones))

@@ -16,19 +16,20 @@ def case(length=20, vocab=37):
     return hidden, head, targets, weights
 
 
-def plain(hidden, head, targets, weights, z_loss):
+def plain(hidden, head, targets, weights, z_loss, softcap=None):
     logits = hidden @ head.T
+    logits = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
     lse = jax.nn.logsumexp(logits, axis=-1)
     ce = lse - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
     return jnp.sum(weights * (ce + z_loss * lse**2)), jnp.sum(weights * ce, axis=1)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 20, 64])
-@pytest.mark.parametrize("z_loss", [0.0, 0.01])
-def test_value_and_gradient(chunk, z_loss):
+@pytest.mark.parametrize(("z_loss", "softcap"), [(0.0, None), (0.01, None), (0.01, 2.0)])
+def test_value_and_gradient(chunk, z_loss, softcap):
     hidden, head, targets, weights = case()
-    ours = lambda h, w: cross_entropy(h, w, targets, weights, z_loss=z_loss, chunk=chunk)  # noqa: E731
-    theirs = lambda h, w: plain(h, w, targets, weights, z_loss)  # noqa: E731
+    ours = lambda h, w: cross_entropy(h, w, targets, weights, z_loss=z_loss, chunk=chunk, softcap=softcap)  # noqa: E731
+    theirs = lambda h, w: plain(h, w, targets, weights, z_loss, softcap)  # noqa: E731
     np.testing.assert_allclose(ours(hidden, head)[0], theirs(hidden, head)[0], rtol=1e-6)
     np.testing.assert_allclose(ours(hidden, head)[1], theirs(hidden, head)[1], rtol=1e-6)
     got = jax.grad(lambda *a: 3 * ours(*a)[0], argnums=(0, 1))(hidden, head)

@@ -37,3 +37,42 @@ def test_llama3_scaling_by_wavelength():
     got = rope.frequencies(schema.Rope(theta=500000.0, scaling=scaling), 128)
     np.testing.assert_allclose(got, want, rtol=1e-5)
     assert len({*np.isclose(got, base)}) == 2  # some kept, some changed
+
+
+def test_yarn_keeps_fast_pairs_and_stretches_slow_ones():
+    """Pairs that turn more than 32 times over the original length are kept, less than once divided; queries and keys grow."""
+    scaling = schema.RopeScaling(kind="yarn", factor=8.0, original_length=4096, truncate=False)
+    plain, scaled = (rope.frequencies(schema.Rope(scaling=s), 128).astype(np.float64) for s in (None, scaling))
+    turns = 4096 * plain / (2 * math.pi)
+    np.testing.assert_allclose(scaled[turns >= 32], plain[turns >= 32], rtol=1e-6)
+    np.testing.assert_allclose(scaled[turns <= 1], plain[turns <= 1] / 8, rtol=1e-6)
+    between = scaled[(turns < 32) & (turns > 1)] / plain[(turns < 32) & (turns > 1)]
+    assert (np.diff(between) < 0).all()
+    assert ((between > 1 / 8) & (between < 1)).all()
+
+
+def test_yarn_mscale():
+    """0.1 m ln(factor) + 1; DeepSeek's rotated part is divided by the factor of the whole, and an explicit factor wins."""
+
+    def factor(**keys):
+        return schema.RopeScaling(kind="yarn", factor=40.0, **keys).rotation_factor
+
+    assert math.isclose(factor(), 0.1 * math.log(40) + 1)
+    assert math.isclose(factor(mscale=0.707, mscale_all_dim=0.707), 1.0)
+    assert math.isclose(factor(mscale=2.0, mscale_all_dim=0.5), (0.2 * math.log(40) + 1) / (0.05 * math.log(40) + 1))
+    assert factor(attention_factor=1.5, mscale=2.0) == 1.5
+    cos, sin = rope.angles(np.array([[3]]), schema.Rope(scaling=schema.RopeScaling(kind="yarn", factor=40.0)), 16)
+    np.testing.assert_allclose(cos**2 + sin**2, (0.1 * math.log(40) + 1) ** 2, rtol=1e-5)
+
+
+def test_partial_and_interleaved():
+    """Only the first part of a head turns; neighbours and halves are the same rotation in another order."""
+    x = np.random.default_rng(0).normal(size=(1, 5, 2, 16)).astype(np.float32)
+    cos, sin = rope.angles(np.arange(5)[None], schema.Rope(fraction=0.5), 16)
+    assert cos.shape == (1, 5, 4)
+    halves, neighbours = (np.asarray(rope.rotate(x, cos, sin, interleaved=i)) for i in (False, True))
+    for turned in (halves, neighbours):
+        np.testing.assert_array_equal(turned[..., 8:], x[..., 8:])
+        assert np.abs(turned[:, 1:, :, :8] - x[:, 1:, :, :8]).max() > 0.1
+    order = np.r_[0:8:2, 1:8:2]
+    np.testing.assert_array_equal(np.asarray(rope.rotate(x[..., order], cos, sin)), neighbours[..., order])
