@@ -9,7 +9,7 @@ from maxtrain.config import schema
 from maxtrain.ops.gated import GATED
 from maxtrain.ops.linear import linear
 from maxtrain.ops.norm import rms_norm
-from maxtrain.parallel.sharding import param
+from maxtrain.parallel.sharding import constrain, param
 
 
 def matmul(x: jax.Array, weight: nnx.Param) -> jax.Array:
@@ -39,4 +39,5 @@ class Mlp(nnx.Module):
         self.down = param((cfg.mlp, cfg.embed), ("mlp", "embed"), std=scale * (cfg.mlp * 2 * cfg.num_layers) ** -0.5, dtype=dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return matmul(GATED[self.activation](matmul(x, self.gate), matmul(x, self.up)), self.down)
+        hidden = GATED[self.activation](matmul(x, self.gate), matmul(x, self.up))
+        return matmul(constrain(hidden, ("batch", "length", "mlp")), self.down)

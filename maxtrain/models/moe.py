@@ -15,7 +15,7 @@ from flax import nnx
 from maxtrain.config import schema
 from maxtrain.ops.gated import GATED
 from maxtrain.ops.grouped_matmul import grouped_matmul
-from maxtrain.parallel.sharding import param, per_batch_shard
+from maxtrain.parallel.sharding import param, per_shard, psum
 
 
 class MoeMlp(nnx.Module):
@@ -38,7 +38,9 @@ class MoeMlp(nnx.Module):
         if self.cfg.norm_topk:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
         real = segments != 0
-        dispatch = per_batch_shard(DISPATCH[self.cfg.dispatch](self.cfg, self.activation), num_batched=4)
+        tokens, matrix = ("batch", None), ("expert", None, "mlp")
+        inputs = ((*tokens, None), (*tokens, None), (*tokens, None), tokens, matrix, matrix, ("expert", "mlp", None))
+        dispatch = per_shard(DISPATCH[self.cfg.dispatch](self.cfg, self.activation), inputs, (*tokens, None))
         matrices = [p.get_value().astype(x.dtype) for p in (self.gate, self.up, self.down)]
         y = dispatch(x, weights.astype(x.dtype), experts, real, *matrices)
         return y, self._balance(probabilities, experts, real)
@@ -63,7 +65,7 @@ def dropless(cfg: schema.Moe, activation: str):
         rows = x.reshape(-1, embed)[order // cfg.experts_per_token]
         hidden = GATED[activation](grouped_matmul(rows, gate, sizes), grouped_matmul(rows, up, sizes))
         out = grouped_matmul(hidden, down, sizes)[jnp.argsort(order)]
-        return jnp.einsum("blke,blk->ble", out.reshape(batch, length, cfg.experts_per_token, embed), weights)
+        return psum(jnp.einsum("blke,blk->ble", out.reshape(batch, length, cfg.experts_per_token, embed), weights), "mlp")
 
     return dispatch
 
@@ -85,7 +87,7 @@ def capacity(cfg: schema.Moe, activation: str):
         hidden = GATED[activation](boxes @ gate, boxes @ up)
         out = (hidden @ down).reshape(cfg.num_experts, batch, slots, embed).transpose(1, 0, 2, 3).reshape(batch, -1, embed)
         picked = jax.vmap(lambda row, at: row.at[at].get(mode="fill", fill_value=0))(out, target)
-        return jnp.einsum("bkle,blk->ble", picked.reshape(batch, cfg.experts_per_token, length, embed), weights)
+        return psum(jnp.einsum("bkle,blk->ble", picked.reshape(batch, cfg.experts_per_token, length, embed), weights), "mlp")
 
     return dispatch
 

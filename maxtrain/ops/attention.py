@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from maxtrain.ops.linear import settle
+from maxtrain.parallel.sharding import parts, per_shard
 
 MIN_BLOCK, MAX_BLOCKS = 64, 16  # blocks of queries: small enough to skip masked keys, few enough to compile fast
 MASKED = -1e30
@@ -46,7 +47,7 @@ def attend(
     """
     q = q * q.shape[-1] ** -0.5
     if cache is None:
-        return causal_attention(q, k, v, context.segments, window), None
+        return _split_attention(q, k, v, context.segments, window), None
     write = jax.vmap(lambda buffer, new, at: jax.lax.dynamic_update_slice_in_dim(buffer, new.astype(buffer.dtype), at, axis=0))
     start = context.positions[:, 0]
     cache = Cache(write(cache.keys, k, start), write(cache.values, v, start))
@@ -55,6 +56,16 @@ def attend(
     rows, keys, values = (_fold(x, k.shape[2]) for x in (q, cache.keys, cache.values))
     weights = jax.nn.softmax(_masked(_product("nqd,nkd->nqk", rows, keys), visible), axis=-1)
     return _unfold(_product("nqk,nkd->nqd", weights.astype(q.dtype), values).astype(q.dtype), q.shape), cache
+
+
+def _split_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, window: int | None) -> jax.Array:
+    """`causal_attention` with each device at its sequences and heads; too few kv heads are repeated for the devices that share one."""
+    repeats = max(1, parts("heads") // k.shape[2])
+    if repeats > 1:
+        k, v = jnp.repeat(k, repeats, axis=2), jnp.repeat(v, repeats, axis=2)
+    axes = ("batch", None, "heads", None)
+    local = per_shard(lambda *arrays: causal_attention(*arrays, window), (axes, axes, axes, ("batch", None)), axes)
+    return local(q, k, v, segments)
 
 
 def _product(form: str, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -47,6 +47,40 @@ def test_mesh_and_microbatches_change_nothing_at_all(model, data, fsdp, microbat
     test_mesh_and_microbatches_change_nothing(model, data, fsdp, microbatches)
 
 
+WINDOWED = schema.Model(
+    vocab_size=264,
+    embed=32,
+    mlp=64,
+    num_layers=3,
+    layers="scan",
+    layer_pattern=("local", "layer"),
+    slots={"local": schema.Slot(window=9), "layer": schema.Slot()},
+)
+AXES_SHORT = [("dense", {"fsdp": 2, "axes": {"tensor": 2}})]
+AXES_LONG = [
+    ("dense", {"axes": {"tensor": 2}}),
+    ("dense", {"axes": {"tensor": 4}}),  # two devices share a kv head
+    ("dense", {"axes": {"context": 2}}),
+    ("dense", {"axes": {"context": 4}}),
+    ("dense", {"data": 2, "axes": {"tensor": 2, "context": 2}}),
+    ("dense", {"fsdp": 2, "axes": {"context": 2}, "microbatches": 2}),
+    (WINDOWED, {"axes": {"tensor": 2, "context": 2}}),
+    (WINDOWED, {"data": 2, "fsdp": 2, "axes": {"tensor": 2}}),
+    ("dropless", {"axes": {"tensor": 2}}),
+    ("dropless", {"axes": {"context": 2}}),
+    ("capacity", {"data": 2, "axes": {"tensor": 2}}),
+    ("capacity", {"axes": {"context": 2}}),
+]
+
+
+@pytest.mark.parametrize(("model", "layout"), [*AXES_SHORT, *(pytest.param(*case, marks=pytest.mark.slow) for case in AXES_LONG)])
+def test_other_axes_change_nothing(model, layout):
+    """Ten steps; the batches hold two documents a row."""
+    given = batches(10) if model in ("dense", WINDOWED) else decided_batches(model, 10)
+    reference = one_device(model)[:10] if isinstance(model, str) and model == "dense" else run(build(make_config(model), 2), given)[0]
+    assert_same(run(build(make_config(model, **layout), 2), given)[0], reference)
+
+
 def test_scan_gives_the_unrolled_losses_and_checkpoint(tmp_path):
     slots = {"local": schema.Slot(window=9), "moe": schema.Slot(feed_forward="moe")}
     model = schema.Model(
