@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maxtrain.config import schema
+from maxtrain.ops.expert_parallel import boxes_to_owners, boxes_to_senders, rows_to_owners
 from maxtrain.ops.gated import GATED
 from maxtrain.ops.grouped_matmul import grouped_matmul
 from maxtrain.parallel.sharding import param, per_shard, psum
@@ -63,8 +64,9 @@ def dropless(cfg: schema.Moe, activation: str):
         order = jnp.argsort(chosen, stable=True)
         sizes = jnp.bincount(chosen, length=cfg.num_experts).astype(jnp.int32)
         rows = x.reshape(-1, embed)[order // cfg.experts_per_token]
+        rows, sizes, bring_back = rows_to_owners(rows, sizes)
         hidden = GATED[activation](grouped_matmul(rows, gate, sizes), grouped_matmul(rows, up, sizes))
-        out = grouped_matmul(hidden, down, sizes)[jnp.argsort(order)]
+        out = bring_back(grouped_matmul(hidden, down, sizes))[jnp.argsort(order)]
         return psum(jnp.einsum("blke,blk->ble", out.reshape(batch, length, cfg.experts_per_token, embed), weights), "mlp")
 
     return dispatch
@@ -84,8 +86,9 @@ def capacity(cfg: schema.Moe, activation: str):
         rows = jnp.tile(x, (1, cfg.experts_per_token, 1))
         boxes = jax.vmap(lambda row, at: jnp.zeros((cfg.num_experts * slots, embed), x.dtype).at[at].set(row, mode="drop"))(rows, target)
         boxes = boxes.reshape(batch, cfg.num_experts, slots, embed).transpose(1, 0, 2, 3).reshape(cfg.num_experts, -1, embed)
+        boxes = boxes_to_owners(boxes)
         hidden = GATED[activation](boxes @ gate, boxes @ up)
-        out = (hidden @ down).reshape(cfg.num_experts, batch, slots, embed).transpose(1, 0, 2, 3).reshape(batch, -1, embed)
+        out = boxes_to_senders(hidden @ down).reshape(cfg.num_experts, batch, slots, embed).transpose(1, 0, 2, 3).reshape(batch, -1, embed)
         picked = jax.vmap(lambda row, at: row.at[at].get(mode="fill", fill_value=0))(out, target)
         return psum(jnp.einsum("bkle,blk->ble", picked.reshape(batch, cfg.experts_per_token, length, embed), weights), "mlp")
 

@@ -131,6 +131,8 @@ def _check_parts(config: schema.Config, layout: Layout) -> None:
             if length % layout.parts(axis):
                 names = "+".join(layout.split(axis))
                 raise Refused(f"{key}={length} is not a multiple of the {layout.parts(axis)} devices ({names}) that share a sequence")
+    if layout.parts("layers") > 1:
+        raise Refused(f"mesh.{layout.split('layers')[0]}: there is no pipeline over microbatches yet: set it to 1")
     model, devices = config.model, layout.parts("heads")
     if model.num_heads % devices or (model.num_kv_heads % devices and devices % model.num_kv_heads):
         raise Refused(

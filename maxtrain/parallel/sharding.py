@@ -256,22 +256,37 @@ def per_shard(function: Callable[..., Any], inputs: Sequence[Axes], outputs: Axe
     return jax.shard_map(function, mesh=layout.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
+def _names(axis: str) -> tuple[str, ...]:
+    layout = _layout.get()
+    return () if layout is None else layout.split(axis)
+
+
 def psum(x: T, axis: str) -> T:
     """Within `per_shard`: the sum over the devices that split a logical axis."""
-    layout = _layout.get()
-    names = () if layout is None else layout.split(axis)
+    names = _names(axis)
     return jax.lax.psum(x, names) if names else x
 
 
 def pmax(x: jax.Array, axis: str) -> jax.Array:
     """Within `per_shard`: the largest over the devices that split a logical axis."""
-    layout = _layout.get()
-    names = () if layout is None else layout.split(axis)
+    names = _names(axis)
     return jax.lax.pmax(x, names) if names else x
 
 
 def index(axis: str) -> Any:
     """Within `per_shard`: which part of a logical axis this device has, 0 if it has all."""
-    layout = _layout.get()
-    names = () if layout is None else layout.split(axis)
+    names = _names(axis)
     return jax.lax.axis_index(names) if names else 0
+
+
+def all_to_all(x: jax.Array, axis: str, *, split: int, concat: int) -> jax.Array:
+    """Within `per_shard`: part i of dim `split` goes to device i of a logical axis; what arrives is put together along dim `concat`."""
+    return jax.lax.all_to_all(x, _names(axis), split, concat, tiled=True)
+
+
+def ragged_all_to_all(x: jax.Array, room: jax.Array, transfer: tuple[jax.Array, ...], axis: str) -> jax.Array:
+    """Within `per_shard`: rows of x into `room` on the devices of a logical axis.
+
+    transfer: where rows start here, how many go, where they start there, how many come; int32, one for each device.
+    """
+    return jax.lax.ragged_all_to_all(x, room, *transfer, axis_name=_names(axis))

@@ -75,6 +75,7 @@ HELD = {"held": schema.Source(kind="synthetic")}
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
+        ({"mesh": schema.Mesh(fsdp=4, stage=2)}, r"mesh\.stage: there is no pipeline"),
         ({"mesh": schema.Mesh(fsdp=1, tensor=8)}, r"num_heads=4 .* cannot be shared by the 8 devices of tensor"),
         ({"mesh": schema.Mesh(fsdp=1, context=8), "data": schema.Data(length=36)}, r"data\.length=36 is not a multiple of the 8 .*context"),
         (

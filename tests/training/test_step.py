@@ -70,6 +70,8 @@ AXES_LONG = [
     ("dropless", {"axes": {"context": 2}}),
     ("capacity", {"data": 2, "axes": {"tensor": 2}}),
     ("capacity", {"axes": {"context": 2}}),
+    ("dropless", {"axes": {"expert": 2}}),
+    ("capacity", {"data": 2, "axes": {"expert": 4}}),
 ]
 
 
