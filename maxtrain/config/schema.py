@@ -7,7 +7,7 @@ is what `--help` prints. Values named `auto` depend on the platform and are reso
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
@@ -68,20 +68,42 @@ class Run(Section):
         return self.dir or f"runs/{self.name}"
 
 
-MeshAxis = Literal["data", "fsdp"]
-LogicalAxis = Literal["batch", "length", "vocab", "embed", "mlp", "heads", "kv_heads", "expert", "layers", "norm"]
+MeshAxis = Literal["stage", "data", "fsdp", "expert", "context", "tensor"]  # the busier an axis, the closer its devices: tensor last
+LogicalAxis = Literal["batch", "length", "residual", "vocab", "embed", "mlp", "heads", "kv_heads", "expert", "layers", "norm"]
 Axes = Annotated[tuple[MeshAxis, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else freeze(v))]
+AxisSize = Annotated[int, Field(ge=-1)]
 
 
 class Mesh(Section):
     """How many devices each mesh axis has, and which array axes are laid out over it."""
 
-    data: Annotated[int, Field(ge=-1)] = 1
+    data: AxisSize = 1
     """Replicas of the model that split the batch; -1 takes the devices that are left."""
-    fsdp: Annotated[int, Field(ge=-1)] = -1
+    fsdp: AxisSize = -1
     """Devices that split batch, parameters and optimizer; -1 takes the devices that are left."""
-    rules: dict[LogicalAxis, Axes] = FrozenDict(batch=("data", "fsdp"), embed=("fsdp",))
-    """Which mesh axes each logical axis is split over; a logical axis that is not named is not split."""
+    tensor: AxisSize = 1
+    """Devices that split heads, hidden widths and vocabulary, and between layers the tokens (Megatron with sequence parallelism)."""
+    context: AxisSize = 1
+    """Devices that split the tokens of each sequence."""
+    expert: AxisSize = 1
+    """Devices that split the batch and the experts of a mixture; tokens travel to their experts."""
+    stage: AxisSize = 1
+    """Stages of a pipeline: devices that split the layers."""
+    dcn: dict[MeshAxis, PositiveInt] = FrozenDict()
+    """Factor of a mesh axis across slices (over the data-centre network), times its size within each slice; 1 where not named."""
+    rules: dict[LogicalAxis, Axes] = FrozenDict(
+        batch=("data", "fsdp", "expert"),
+        length=("context",),
+        residual=("context", "tensor"),
+        vocab=("tensor",),
+        embed=("fsdp",),
+        mlp=("tensor",),
+        heads=("tensor",),
+        kv_heads=("tensor",),
+        expert=("expert",),
+        layers=("stage",),
+    )
+    """Which mesh axes each logical axis is split over; `residual` are the tokens between layers. An axis that is not named is not split."""
     coordinator: str | None = None
     """`host:port` of process 0 when several processes train together; null for one process or detection by the cluster."""
     num_processes: PositiveInt | Literal["auto"] = 1
@@ -91,10 +113,15 @@ class Mesh(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Mesh:
-        if 0 in (self.data, self.fsdp):
+        sizes = {axis: getattr(self, axis) for axis in get_args(MeshAxis)}
+        if 0 in sizes.values():
             raise ValueError("a mesh axis cannot have 0 devices: write 1 for an axis that is not used, -1 for all that are left")
-        if self.data == -1 and self.fsdp == -1:
+        if list(sizes.values()).count(-1) > 1:
             raise ValueError("only one mesh axis can be -1")
+        ruled = {axis for axes in self.rules.values() for axis in axes}
+        for axis, size in sizes.items():
+            if axis not in ruled and size * self.dcn.get(axis, 1) > 1:
+                raise ValueError(f"{axis}={size}, but no rule splits anything over {axis}: name it in rules or set it to 1")
         for name, axes in self.rules.items():
             if len(set(axes)) != len(axes):
                 raise ValueError(f"rules.{name} names a mesh axis twice: {list(axes)}")
@@ -104,9 +131,9 @@ class Mesh(Section):
             raise ValueError(f"coordinator must be host:port, not {self.coordinator!r}")
         return self
 
-    @field_validator("rules", mode="after")
+    @field_validator("rules", "dcn", mode="after")
     @classmethod
-    def _freeze_rules(cls, value: dict) -> dict:
+    def _freeze_mappings(cls, value: dict) -> dict:
         return FrozenDict(value)
 
 

@@ -33,13 +33,13 @@ class Attention(nnx.Module):
         out_std = cfg.init_scale * (heads * 2 * cfg.num_layers) ** -0.5  # residual branches shrink with depth (GPT-2)
         self.out = param((heads, cfg.embed), ("heads", "embed"), std=out_std, dtype=dtype)
 
-        def bias(width: int, axis: str | None, there: bool, std: float = 0.0) -> nnx.Param | None:
+        def bias(width: int, axis: str, there: bool, std: float = 0.0) -> nnx.Param | None:
             return param((width,), (axis,), std=std, dtype=dtype) if there else None
 
         self.q_bias = bias(heads, "heads", cfg.qkv_bias)
         self.k_bias, self.v_bias = (bias(kv_heads, "kv_heads", cfg.qkv_bias) for _ in "kv")
         self.out_bias = bias(cfg.embed, "embed", cfg.out_bias)
-        self.sinks = bias(cfg.num_heads, None, cfg.attention_sinks, std=0.02 * cfg.init_scale)
+        self.sinks = bias(cfg.num_heads, "heads", cfg.attention_sinks, std=0.02 * cfg.init_scale)
         normed = {"none": (None, None), "head": (self.width, self.width), "projection": (heads, kv_heads)}[cfg.qk_norm]
         self.q_norm, self.k_norm = (None if size is None else Norm(cfg, size, dtype) for size in normed)
 

@@ -25,7 +25,7 @@ REMAT = {
     "dots": lambda f: jax.checkpoint(f, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
     "full": jax.checkpoint,
 }
-ACTIVATION = ("batch", "length", None)
+ACTIVATION = ("batch", "residual", None)
 
 
 class Layer(nnx.Module):

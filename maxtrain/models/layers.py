@@ -11,7 +11,7 @@ from maxtrain.config import schema
 from maxtrain.ops.gated import GATED
 from maxtrain.ops.linear import linear
 from maxtrain.ops.norm import layer_norm, one_plus_rms_norm, rms_norm
-from maxtrain.parallel.sharding import param
+from maxtrain.parallel.sharding import constrain, param
 
 
 def matmul(x: jax.Array, weight: nnx.Param, bias: nnx.Param | None = None) -> jax.Array:
@@ -49,4 +49,5 @@ class Mlp(nnx.Module):
         self.down = param((width, cfg.embed), ("mlp", "embed"), std=scale * (width * 2 * cfg.num_layers) ** -0.5, dtype=dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return matmul(GATED[self.activation](matmul(x, self.gate), matmul(x, self.up)), self.down)
+        hidden = GATED[self.activation](matmul(x, self.gate), matmul(x, self.up))
+        return matmul(constrain(hidden, ("batch", "length", "mlp")), self.down)

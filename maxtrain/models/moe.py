@@ -15,10 +15,20 @@ from flax import nnx
 
 from maxtrain.config import schema
 from maxtrain.models.layers import Mlp, matmul
+from maxtrain.ops.expert_parallel import boxes_to_owners, boxes_to_senders, rows_to_owners
 from maxtrain.ops.gated import GATED
 from maxtrain.ops.grouped_matmul import grouped_matmul
 from maxtrain.ops.routing import Balance, balance, route
-from maxtrain.parallel.sharding import param, per_batch_shard
+from maxtrain.parallel.sharding import index, param, parts, per_shard, psum
+
+MATRICES = (
+    ("expert", None, "mlp"),
+    ("expert", None, "mlp"),
+    ("expert", "mlp", None),
+    ("expert", "mlp"),
+    ("expert", "mlp"),
+    ("expert", None),
+)  # axes, where they are multiplied, of gate, up, down and their biases
 
 
 class MoeMlp(nnx.Module):
@@ -52,9 +62,11 @@ class MoeMlp(nnx.Module):
             logits += self.router_bias.get_value().astype(jnp.float32)
         balance_bias = None if self.balance_bias is None else self.balance_bias.get_value()
         routing, real = route(self.cfg, logits, balance_bias), segments != 0
-        dispatch = per_batch_shard(DISPATCH[self.cfg.dispatch](self.cfg, self.activation), num_batched=4)
         weights = (self.gate, self.up, self.down, self.gate_bias, self.up_bias, self.down_bias)
         matrices = [p.get_value().astype(x.dtype) for p in weights if p is not None]
+        tokens, inputs = ("batch", None, None), MATRICES[: len(matrices)]
+        dispatch = DISPATCH[self.cfg.dispatch](self.cfg, self.activation)
+        dispatch = per_shard(dispatch, (tokens, tokens, tokens, tokens[:2], *inputs), tokens)
         y = dispatch(x, routing.weights.astype(x.dtype), routing.experts, real, *matrices)
         if self.shared is not None:
             y += self._shared(self.shared, x)
@@ -79,6 +91,8 @@ def _experts(activation: str, rows: jax.Array, matrices: tuple[jax.Array, ...], 
         return product(GATED[activation](product(rows, gate), product(rows, up)), down)
     gate_bias, up_bias, down_bias = map(of_rows, biases)
     hidden = GATED[activation](product(rows, gate) + gate_bias, product(rows, up) + up_bias)
+    if parts("mlp") > 1:  # each device has a share of the sum over mlp, to which the bias comes once
+        down_bias = jnp.where(index("mlp") == 0, down_bias, 0)
     return product(hidden, down) + down_bias
 
 
@@ -91,9 +105,11 @@ def dropless(cfg: schema.Moe, activation: str):
         order = jnp.argsort(chosen, stable=True)
         sizes = jnp.bincount(chosen, length=cfg.num_experts).astype(jnp.int32)
         rows = x.reshape(-1, embed)[order // cfg.experts_per_token]
-        out = _experts(activation, rows, matrices, lambda a, b: grouped_matmul(a, b, sizes), lambda bias: bias[chosen[order]])
-        out = out[jnp.argsort(order)]
-        return jnp.einsum("blke,blk->ble", out.reshape(batch, length, cfg.experts_per_token, embed), weights)
+        rows, sizes, bring_back = rows_to_owners(rows, sizes)
+        owner = jnp.repeat(jnp.arange(sizes.shape[0]), sizes, total_repeat_length=rows.shape[0])  # the expert of a row
+        out = _experts(activation, rows, matrices, lambda a, b: grouped_matmul(a, b, sizes), lambda bias: bias[owner])
+        out = bring_back(out)[jnp.argsort(order)]
+        return psum(jnp.einsum("blke,blk->ble", out.reshape(batch, length, cfg.experts_per_token, embed), weights), "mlp")
 
     return dispatch
 
@@ -112,10 +128,10 @@ def capacity(cfg: schema.Moe, activation: str):
         rows = jnp.tile(x, (1, cfg.experts_per_token, 1))
         boxes = jax.vmap(lambda row, at: jnp.zeros((cfg.num_experts * slots, embed), x.dtype).at[at].set(row, mode="drop"))(rows, target)
         boxes = boxes.reshape(batch, cfg.num_experts, slots, embed).transpose(1, 0, 2, 3).reshape(cfg.num_experts, -1, embed)
-        out = _experts(activation, boxes, matrices, jnp.matmul, lambda bias: bias[:, None])
+        out = boxes_to_senders(_experts(activation, boxes_to_owners(boxes), matrices, jnp.matmul, lambda bias: bias[:, None]))
         out = out.reshape(cfg.num_experts, batch, slots, embed).transpose(1, 0, 2, 3).reshape(batch, -1, embed)
         picked = jax.vmap(lambda row, at: row.at[at].get(mode="fill", fill_value=0))(out, target)
-        return jnp.einsum("bkle,blk->ble", picked.reshape(batch, cfg.experts_per_token, length, embed), weights)
+        return psum(jnp.einsum("bkle,blk->ble", picked.reshape(batch, cfg.experts_per_token, length, embed), weights), "mlp")
 
     return dispatch
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from maxtrain.ops.linear import settle
+from maxtrain.parallel.sharding import parts, per_shard
 
 MIN_BLOCK, MAX_BLOCKS = 64, 16  # blocks of queries: small enough to skip masked keys, few enough to compile fast
 MASKED = -1e30
@@ -62,7 +63,7 @@ def attend(
     """
     q = q * (q.shape[-1] ** -0.5 if options.scale is None else options.scale)
     if cache is None:
-        return causal_attention(q, k, v, context.segments, sinks, options), None
+        return _split_attention(q, k, v, context.segments, sinks, options), None
     write = jax.vmap(lambda buffer, new, at: jax.lax.dynamic_update_slice_in_dim(buffer, new.astype(buffer.dtype), at, axis=0))
     start = context.positions[:, 0]
     cache = Cache(write(cache.keys, k, start), write(cache.values, v, start))
@@ -76,6 +77,18 @@ def attend(
         sink = _sink_rows(sinks, k.shape[2], q.shape[0], q.shape[1])
         weights = jax.nn.softmax(jnp.concatenate([scores, sink], axis=-1), axis=-1)[..., :-1]
     return _unfold(_product("nqk,nkd->nqd", weights.astype(q.dtype), values).astype(q.dtype), q.shape), cache
+
+
+def _split_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, sinks: jax.Array | None, options: Options) -> jax.Array:
+    """`causal_attention` with each device at its sequences and heads; too few kv heads are repeated for the devices that share one."""
+    repeats = max(1, parts("heads") // k.shape[2])
+    if repeats > 1:
+        k, v = jnp.repeat(k, repeats, axis=2), jnp.repeat(v, repeats, axis=2)
+    axes, arrays = ("batch", None, "heads", None), (q, k, v, segments)
+    inputs = (axes, axes, axes, ("batch", None))
+    if sinks is None:
+        return per_shard(lambda *local: causal_attention(*local, None, options), inputs, axes)(*arrays)
+    return per_shard(lambda *local: causal_attention(*local, options), (*inputs, ("heads",)), axes)(*arrays, sinks)
 
 
 def _product(form: str, a: jax.Array, b: jax.Array) -> jax.Array:

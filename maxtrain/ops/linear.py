@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import jax
 
-from maxtrain.parallel.sharding import platform
+from maxtrain.parallel.sharding import is_split, platform
 
 T = TypeVar("T")
 
@@ -35,6 +35,9 @@ def _backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Ar
     (x, w), dy = saved, settle(dy)
     x = settle(x)
     dx = jax.lax.dot_general(dy, w, (((dy.ndim - 1,), (1,)), ((), ())))
+    if is_split():  # no reshape: batch and length may lie over different devices, and merged they would have to be gathered
+        sums = tuple(range(x.ndim - 1))
+        return dx, jax.lax.dot_general(x, dy, ((sums, sums), ((), ())))
     rows, d_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     # The CPU kernel packs the narrower operand faster when it stands on the left
     dw = rows.T @ d_rows if w.shape[0] <= w.shape[1] else settle(d_rows.T @ rows).T

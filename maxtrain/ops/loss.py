@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from maxtrain.ops.linear import settle
-from maxtrain.parallel.sharding import per_batch_shard
+from maxtrain.parallel.sharding import index, parts, per_shard, pmax, psum
 
 
 def cross_entropy(
@@ -26,14 +26,21 @@ def cross_entropy(
     Returns: the sum over all tokens of weight * (cross-entropy + z_loss * logsumexp^2), a scalar to differentiate; and
     the weighted cross-entropy in nats of each sequence, float32 [batch], a constant to the gradient.
     """
+    tokens = ("batch", "length")
+    local = per_shard(partial(_local, z_loss, chunk, softcap), ((*tokens, None), tokens, tokens, ("vocab", None)), (tokens, tokens))
+    total, rows = local(hidden, targets, weights, head)
+    return total.sum(), jax.lax.stop_gradient(rows.sum(axis=1))
+
+
+def _local(z_loss: float, chunk: int, softcap: float | None, hidden: jax.Array, targets: jax.Array, weights: jax.Array, head: jax.Array):
+    """Total loss [1, 1] and cross-entropy of each sequence [batch, 1] of the tokens of one device."""
     length = hidden.shape[1]
     chunk = min(chunk, length)
     pad = -length % chunk
     if pad:
         hidden, targets, weights = (jnp.pad(a, ((0, 0), (0, pad)) + ((0, 0),) * (a.ndim - 2)) for a in (hidden, targets, weights))
-    local = per_batch_shard(lambda *arrays: _sums(z_loss, chunk, softcap, *arrays), num_batched=3)
-    total, rows = local(hidden, targets, weights, head)
-    return total.sum(), jax.lax.stop_gradient(rows)
+    total, rows = _sums(z_loss, chunk, softcap, hidden, targets, weights, head)
+    return total[:, None], rows[:, None]
 
 
 def _chunks(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -57,11 +64,19 @@ def _softmax(x: jax.Array, target: jax.Array, head: jax.Array, softcap: float | 
     if softcap is not None:
         share = settle(jnp.tanh(logits / softcap))
         logits, slope = softcap * share, 1 - jnp.square(share)
-    top = jnp.max(logits, axis=-1, keepdims=True)
+    top = pmax(jnp.max(logits, axis=-1, keepdims=True), "vocab")
     exponentials = settle(jnp.exp(logits - top))
-    total = jnp.sum(exponentials, axis=-1, keepdims=True)
+    total = psum(jnp.sum(exponentials, axis=-1, keepdims=True), "vocab")
     log_sum = top + jnp.log(total)
-    return _Chunk(exponentials, total, log_sum, log_sum - jnp.take_along_axis(logits, target[:, None], axis=-1), slope)
+    return _Chunk(exponentials, total, log_sum, log_sum - _at_target(logits, target), slope)
+
+
+def _at_target(logits: jax.Array, target: jax.Array) -> jax.Array:
+    """The logits [rows, 1] of the targets, wherever their part of the vocabulary lies."""
+    if parts("vocab") == 1:
+        return jnp.take_along_axis(logits, target[:, None], axis=-1)
+    hit = jnp.arange(logits.shape[1]) == target[:, None]
+    return psum(jnp.sum(jnp.where(hit, logits, 0.0), axis=-1, keepdims=True), "vocab")
 
 
 def _sequences(batch: int, losses: jax.Array) -> jax.Array:
@@ -71,7 +86,8 @@ def _sequences(batch: int, losses: jax.Array) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _sums(z_loss: float, chunk: int, softcap: float | None, hidden: jax.Array, targets: jax.Array, weights: jax.Array, head: jax.Array):
-    """Total loss [1] and cross-entropy of each sequence [batch], over the local rows."""
+    """Total loss [1] and cross-entropy of each sequence [batch], over the local rows and all of the vocabulary."""
+    targets = targets - index("vocab") * head.shape[0]
 
     def one(part: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         x, target, weight = part
@@ -85,6 +101,7 @@ def _sums(z_loss: float, chunk: int, softcap: float | None, hidden: jax.Array, t
 
 def _forward(z_loss: float, chunk: int, softcap: float | None, hidden: jax.Array, targets: jax.Array, weights: jax.Array, head: jax.Array):
     vocab, embed = head.shape
+    targets = targets - index("vocab") * vocab
 
     def one(d_head: jax.Array, part: tuple[jax.Array, ...]):
         x, target, weight = part[0], part[1], part[2][:, None]
@@ -107,7 +124,8 @@ def _backward(
     z_loss: float, chunk: int, softcap: float | None, saved: tuple[jax.Array, jax.Array], cotangents: tuple[jax.Array, jax.Array]
 ):
     d_hidden, d_head = saved
-    slope = cotangents[0][0]  # of the total; the sum of each sequence is not differentiated
+    # Of the total; the sum of each sequence is not differentiated. Devices with parts of the vocabulary have shares of it.
+    slope = psum(cotangents[0][0], "vocab")
     return (d_hidden * slope).astype(d_hidden.dtype), None, None, (d_head * slope).astype(d_head.dtype)
 
 

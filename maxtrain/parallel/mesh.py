@@ -11,15 +11,18 @@ import importlib.util
 import math
 import os
 from collections.abc import Sequence
+from typing import Any, get_args
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 
 from maxtrain.config import schema
 from maxtrain.config.errors import Refused
+from maxtrain.parallel.sharding import Layout
 
-AXES = ("data", "fsdp")
 ACCELERATORS = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin")  # packages without which jax finds CPUs only
+AXES = get_args(schema.MeshAxis)
 
 
 @functools.cache
@@ -54,37 +57,62 @@ def start(run: schema.Run, mesh: schema.Mesh) -> None:
 
 
 def sizes(cfg: schema.Mesh, num_devices: int) -> tuple[int, ...]:
-    """Number of devices on each of `AXES`, the -1 filled in.
+    """Number of devices on each of `AXES`, slices included, the -1 filled in.
 
     Raises:
         Refused: the axes do not multiply to `num_devices`.
     """
-    asked = [getattr(cfg, axis) for axis in AXES]
-    fixed = math.prod(size for size in asked if size != -1)
+    asked, across = [getattr(cfg, axis) for axis in AXES], [cfg.dcn.get(axis, 1) for axis in AXES]
+    fixed = math.prod(size for size in asked if size != -1) * math.prod(across)
     if num_devices % fixed or (-1 not in asked and fixed != num_devices):
-        shape = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, asked, strict=True))
-        raise Refused(f"{shape} does not fit {num_devices} devices: the product must be {num_devices}, -1 takes what is left")
-    return tuple(num_devices // fixed if size == -1 else size for size in asked)
+        named = [f"mesh.{axis}={size}" for axis, size in zip(AXES, asked, strict=True) if size != 1 or axis in ("data", "fsdp")]
+        named += [f"mesh.dcn.{axis}={size}" for axis, size in cfg.dcn.items()]
+        raise Refused(f"{', '.join(named)} does not fit {num_devices} devices: the product must be {num_devices}, -1 takes what is left")
+    return tuple((num_devices // fixed if size == -1 else size) * factor for size, factor in zip(asked, across, strict=True))
 
 
 def make_mesh(cfg: schema.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """The device mesh of a run; sharding mode is auto."""
+    """The device mesh of a run, with neighbours on an axis in one slice as far as `mesh.dcn` allows; sharding mode is auto."""
     devices = list(jax.devices() if devices is None else devices)
-    shape = sizes(cfg, len(devices))
-    try:
-        return jax.make_mesh(shape, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES), devices=devices)
-    except ValueError:  # a topology that has no contiguous layout for this shape
-        return jax.sharding.Mesh(np.array(devices).reshape(shape), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+    total, across = sizes(cfg, len(devices)), tuple(cfg.dcn.get(axis, 1) for axis in AXES)
+    within = tuple(size // factor for size, factor in zip(total, across, strict=True))
+    auto: Any = (jax.sharding.AxisType.Auto,) * len(AXES)
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if num_slices > 1:
+        if math.prod(across) != num_slices:
+            raise Refused(
+                f"the devices come in {num_slices} slices, mesh.dcn={dict(cfg.dcn)} multiplies to {math.prod(across)}: they must agree"
+            )
+        return jax.sharding.Mesh(mesh_utils.create_hybrid_device_mesh(within, across, devices), AXES, axis_types=auto)
+    if math.prod(across) == 1:
+        try:
+            return jax.make_mesh(total, AXES, axis_types=auto, devices=devices)
+        except ValueError:  # a topology that has no contiguous layout for this shape
+            return jax.sharding.Mesh(np.array(devices).reshape(total), AXES, axis_types=auto)
+    # simulated devices know no slices: equal runs of them stand for slices, the outer part of each axis
+    grid = np.array(devices).reshape(across + within)
+    grid = grid.transpose([axis + side * len(AXES) for axis in range(len(AXES)) for side in (0, 1)])
+    return jax.sharding.Mesh(grid.reshape(total), AXES, axis_types=auto)
 
 
 def resolve(config: schema.Config, mesh: jax.sharding.Mesh) -> schema.Config:
     """The config with every `auto` settled for the mesh's platform.
 
     Raises:
-        Refused: the batch does not divide over the devices.
+        Refused: the batch, its sequences or the heads do not divide over the devices.
     """
+    layout = Layout(mesh, config.mesh.rules)
+    _check_batch(config, layout.parts("batch"))
+    _check_parts(config, layout)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    shards = math.prod(mesh.shape[axis] for axis in config.mesh.rules.get("batch", ()))
+    settled = {
+        "model": {"layers": "unroll" if on_cpu else "scan"} if config.model.layers == "auto" else {},
+        "precision": {"compute": "float32" if on_cpu else "bfloat16"} if config.precision.compute == "auto" else {},
+    }
+    return config.model_copy(update={name: getattr(config, name).model_copy(update=new) for name, new in settled.items() if new})
+
+
+def _check_batch(config: schema.Config, shards: int) -> None:
     rows = config.data.batch_size // config.train.microbatches
     if rows % shards:
         raise Refused(
@@ -93,8 +121,21 @@ def resolve(config: schema.Config, mesh: jax.sharding.Mesh) -> schema.Config:
         )
     if (config.eval.batch_size or 0) % shards:
         raise Refused(f"eval.batch_size={config.eval.batch_size} is not a multiple of the {shards} devices that share a batch")
-    settled = {
-        "model": {"layers": "unroll" if on_cpu else "scan"} if config.model.layers == "auto" else {},
-        "precision": {"compute": "float32" if on_cpu else "bfloat16"} if config.precision.compute == "auto" else {},
-    }
-    return config.model_copy(update={name: getattr(config, name).model_copy(update=new) for name, new in settled.items() if new})
+
+
+def _check_parts(config: schema.Config, layout: Layout) -> None:
+    """Refuse what the devices of an axis cannot share evenly, as far as the shapes of parameters do not show it."""
+    lengths = {"data.length": config.data.length} | ({"eval.length": config.eval_length} if config.eval.sets else {})
+    for key, length in lengths.items():
+        for axis in ("length", "residual"):
+            if length % layout.parts(axis):
+                names = "+".join(layout.split(axis))
+                raise Refused(f"{key}={length} is not a multiple of the {layout.parts(axis)} devices ({names}) that share a sequence")
+    if layout.parts("layers") > 1:
+        raise Refused(f"mesh.{layout.split('layers')[0]}: there is no pipeline over microbatches yet: set it to 1")
+    model, devices = config.model, layout.parts("heads")
+    if model.num_heads % devices or (model.num_kv_heads % devices and devices % model.num_kv_heads):
+        raise Refused(
+            f"model.num_heads={model.num_heads} and model.num_kv_heads={model.num_kv_heads} cannot be shared by the {devices} devices of "
+            f"{'+'.join(layout.split('heads'))}: the heads must be a multiple of them, the kv heads a multiple or a divisor"
+        )

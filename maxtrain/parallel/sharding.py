@@ -12,10 +12,10 @@ import functools
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from maxtrain.config.errors import Refused
 
 Axes = tuple[str | None, ...]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,22 +36,25 @@ class Layout:
     mesh: jax.sharding.Mesh
     rules: Mapping[Any, tuple[str, ...]]
 
+    def split(self, axis: str | None) -> tuple[str, ...]:
+        """The mesh axes, of more than one device, that a logical axis is split over."""
+        return tuple(name for name in self.rules.get(axis, ()) if self.mesh.shape[name] > 1)
+
+    def parts(self, axis: str | None) -> int:
+        """Into how many parts a logical axis is split."""
+        return math.prod(self.mesh.shape[name] for name in self.split(axis))
+
     def spec(self, axes: Axes) -> PartitionSpec:
         """The partition of an array with these logical axes; a mesh axis already used by an earlier array axis is an error."""
-        parts = [tuple(self.rules.get(axis, ())) if axis else () for axis in axes]
-        used = [name for part in parts for name in part]
+        used = [name for axis in axes for name in self.rules.get(axis, ())]
         if len(set(used)) != len(used):
             raise Refused(f"mesh.rules split two axes of one array {axes} over the same mesh axis: {dict(self.rules)}")
+        parts = [self.split(axis) for axis in axes]
         return PartitionSpec(*(part[0] if len(part) == 1 else part or None for part in parts))
 
     def sharding(self, axes: Axes = ()) -> NamedSharding:
         """The sharding of an array with these logical axes; replicated for none."""
         return NamedSharding(self.mesh, self.spec(axes))
-
-    @property
-    def batch_axes(self) -> tuple[str, ...]:
-        """The mesh axes that split the batch."""
-        return tuple(self.rules.get("batch", ()))
 
 
 _layout: ContextVar[Layout | None] = ContextVar("layout", default=None)
@@ -58,7 +62,7 @@ _layout: ContextVar[Layout | None] = ContextVar("layout", default=None)
 
 @contextlib.contextmanager
 def use(layout: Layout) -> Iterator[None]:
-    """Within this context, `constrain` and `per_batch_shard` act on `layout` while functions are traced."""
+    """Within this context, `constrain` and `per_shard` act on `layout` while functions are traced."""
     token = _layout.set(layout)
     try:
         yield
@@ -193,11 +197,10 @@ def shardings(tree: Any, layout: Layout) -> Any:
             return layout.sharding()
         axes = param_axes(leaf)
         for size, axis in zip(leaf.get_value().shape, axes, strict=True):
-            names = layout.rules.get(axis, ()) if axis else ()
-            parts = math.prod(layout.mesh.shape[name] for name in names)
-            if size % parts:
+            if size % layout.parts(axis):
+                names = "+".join(layout.split(axis))
                 raise Refused(
-                    f"mesh.rules.{axis}: {path_name(path)} has {size} along {axis}, which {parts} devices of {'+'.join(names)} cannot "
+                    f"mesh.rules.{axis}: {path_name(path)} has {size} along {axis}, which {layout.parts(axis)} devices of {names} cannot "
                     "share evenly: use fewer devices on that axis or another rule"
                 )
         return jax.tree.map(lambda _: layout.sharding(axes), leaf)
@@ -223,23 +226,70 @@ def constrain(x: jax.Array, axes: Axes) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, layout.sharding(axes))
 
 
-def per_batch_shard(function: Callable[..., Any], num_batched: int) -> Callable[..., Any]:
-    """Run `function` once per shard of the batch, on local rows and whole weights.
+def parts(axis: str) -> int:
+    """Into how many parts a logical axis is split by the layout in use; 1 without one."""
+    layout = _layout.get()
+    return 1 if layout is None else layout.parts(axis)
 
-    Sorting tokens by expert or accumulating a weight's gradient over chunks must stay on the device: one gather before
-    and one reduction after, instead of one in each iteration.
+
+def is_split() -> bool:
+    """Whether the layout in use spreads arrays over several devices."""
+    layout = _layout.get()
+    return layout is not None and layout.mesh.size > 1
+
+
+def per_shard(function: Callable[..., Any], inputs: Sequence[Axes], outputs: Axes | tuple[Axes, ...]) -> Callable[..., Any]:
+    """Run `function` once on every device, on its part of the arrays.
+
+    What must stay on the device (sorting tokens by expert, accumulating a weight's gradient over chunks, attention of a
+    head) or exchange exactly what it says (`psum`, `index`, `permute` ...) is written so. An axis of an input that no rule
+    splits, or that is None, is whole on every device: one gather before and one reduction of its gradient after.
 
     Args:
-        function: takes `num_batched` arrays with a leading batch axis, then weights; every output has a leading batch axis.
-        num_batched: how many leading arguments are split.
+        function: takes arrays with the axes `inputs`, all of them positional.
+        inputs: logical axes of each argument.
+        outputs: logical axes of the result, or of each of several.
     """
     layout = _layout.get()
-    if layout is None or math.prod(layout.mesh.shape[axis] for axis in layout.batch_axes) == 1:
+    if layout is None or not any(layout.split(axis) for axes in inputs for axis in axes):
         return function
-    rows = PartitionSpec(layout.batch_axes)
+    several = bool(outputs) and isinstance(outputs[0], tuple)
+    out_specs: Any = tuple(layout.spec(cast(Axes, axes)) for axes in outputs) if several else layout.spec(cast(Axes, outputs))
+    in_specs = tuple(layout.spec(axes) for axes in inputs)
+    return jax.shard_map(function, mesh=layout.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
-    def wrapped(*args: Any) -> Any:
-        specs = tuple(rows if index < num_batched else PartitionSpec() for index in range(len(args)))
-        return jax.shard_map(function, mesh=layout.mesh, in_specs=specs, out_specs=rows, check_vma=False)(*args)
 
-    return wrapped
+def _names(axis: str) -> tuple[str, ...]:
+    layout = _layout.get()
+    return () if layout is None else layout.split(axis)
+
+
+def psum(x: T, axis: str) -> T:
+    """Within `per_shard`: the sum over the devices that split a logical axis."""
+    names = _names(axis)
+    return jax.lax.psum(x, names) if names else x
+
+
+def pmax(x: jax.Array, axis: str) -> jax.Array:
+    """Within `per_shard`: the largest over the devices that split a logical axis."""
+    names = _names(axis)
+    return jax.lax.pmax(x, names) if names else x
+
+
+def index(axis: str) -> Any:
+    """Within `per_shard`: which part of a logical axis this device has, 0 if it has all."""
+    names = _names(axis)
+    return jax.lax.axis_index(names) if names else 0
+
+
+def all_to_all(x: jax.Array, axis: str, *, split: int, concat: int) -> jax.Array:
+    """Within `per_shard`: part i of dim `split` goes to device i of a logical axis; what arrives is put together along dim `concat`."""
+    return jax.lax.all_to_all(x, _names(axis), split, concat, tiled=True)
+
+
+def ragged_all_to_all(x: jax.Array, room: jax.Array, transfer: tuple[jax.Array, ...], axis: str) -> jax.Array:
+    """Within `per_shard`: rows of x into `room` on the devices of a logical axis.
+
+    transfer: where rows start here, how many go, where they start there, how many come; int32, one for each device.
+    """
+    return jax.lax.ragged_all_to_all(x, room, *transfer, axis_name=_names(axis))

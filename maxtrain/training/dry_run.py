@@ -72,7 +72,7 @@ def _operations(config: schema.Config) -> Table:
 
 def _memory(program: Program) -> Table:
     config, layout = program.config, program.layout
-    shards = math.prod(layout.mesh.shape[axis] for axis in layout.batch_axes)
+    shards = layout.parts("batch") * layout.parts("residual")
     parameters = bytes_per_device(program.state.model)
     rows = {
         "parameters": parameters,

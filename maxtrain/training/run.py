@@ -27,7 +27,14 @@ PACKAGES = ("maxtrain", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "g
 BREAKING = ("model.", "data.tokenizer.", "optimizer.kind", "precision.params", "precision.moments", "guard.window")
 HARMLESS = ("model.layers", "model.max_length", "model.init_scale", "model.init_from")
 # A finished run is opened by one process, on whatever devices it has, not on those it was trained on
-ALONE = ("mesh.data=1", "mesh.fsdp=-1", "mesh.coordinator=null", "mesh.num_processes=1", "mesh.process_id=null")
+ALONE = (
+    *(f"mesh.{axis}=1" for axis in mesh.AXES if axis != "fsdp"),
+    "mesh.fsdp=-1",
+    "mesh.dcn=!replace {}",
+    "mesh.coordinator=null",
+    "mesh.num_processes=1",
+    "mesh.process_id=null",
+)
 
 
 def versions() -> dict[str, str]:

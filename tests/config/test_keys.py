@@ -18,7 +18,7 @@ def test_keys_are_the_golden_ones():
 def test_every_key_has_a_docstring():
     named = {
         f"{mapping}.{name}"
-        for mapping in ("mesh.rules", "data.sources", "eval.sets", "model.slots")
+        for mapping in ("mesh.rules", "mesh.dcn", "data.sources", "eval.sets", "model.slots")
         for name in keys.children(keys.at(mapping))
     }
     assert [path for path, field in keys.walk() if not field.description and path not in {*Config.model_fields, *named}] == []
@@ -37,7 +37,7 @@ def test_every_key_has_a_docstring():
         ("checkpoint.resume", "true or false"),
         ("run.dir", "text or null"),
         ("data.sources.any.weight", "a number > 0"),
-        ("mesh.rules.embed", "a list of data or fsdp"),
+        ("mesh.rules.embed", "a list of stage, data, fsdp, expert, context or tensor"),
     ],
 )
 def test_allowed_says_type_and_bounds(path, words):

@@ -14,6 +14,8 @@ BROKEN = [
     ("optimizer:\n  learning_rate: 1", "run.yml:2: unknown key optimizer.learning_rate; did you mean schedule.learning_rate?"),
     ("lr: 1", "run.yml:1: unknown key lr; a config has run, model,"),
     ("mesh: {rules: {embd: fsdp}}", "unknown key mesh.rules.embd; did you mean mesh.rules.embed?"),
+    ("mesh: {rules: {embed: fsdq}}", "fsdq"),
+    ("mesh: {tensor: 2, rules: {embed: fsdp}}", "no rule splits anything over tensor"),
     (
         "data:\n  sources:\n    web: {kind: text, pth: x}",
         "run.yml:3: unknown key data.sources.web.pth; did you mean data.sources.web.path?",

@@ -9,14 +9,25 @@ from maxtrain.parallel import mesh
 
 
 @pytest.mark.parametrize(
-    ("data", "fsdp", "devices", "want"),
-    [(1, -1, 8, (1, 8)), (-1, 1, 8, (8, 1)), (-1, 2, 8, (4, 2)), (2, 4, 8, (2, 4)), (1, -1, 1, (1, 1)), (1, 1, 1, (1, 1))],
+    ("asked", "devices", "want"),
+    [
+        ({"fsdp": -1}, 8, {"fsdp": 8}),
+        ({"data": -1, "fsdp": 1}, 8, {"data": 8}),
+        ({"data": -1, "fsdp": 2}, 8, {"data": 4, "fsdp": 2}),
+        ({"data": 2, "fsdp": 4}, 8, {"data": 2, "fsdp": 4}),
+        ({}, 1, {}),
+        ({"data": 1, "fsdp": 1}, 1, {}),
+        ({"tensor": 4}, 8, {"fsdp": 2, "tensor": 4}),
+        ({"fsdp": 1, "stage": 2, "expert": 2, "context": -1}, 8, {"stage": 2, "expert": 2, "context": 2}),
+        ({"fsdp": -1, "dcn": {"data": 2}}, 8, {"data": 2, "fsdp": 4}),
+        ({"fsdp": 2, "tensor": -1, "dcn": {"fsdp": 2}}, 8, {"fsdp": 4, "tensor": 2}),
+    ],
 )
-def test_sizes(data, fsdp, devices, want):
-    cfg = schema.Mesh(data=data, fsdp=fsdp)
-    assert mesh.sizes(cfg, devices) == want
+def test_sizes(asked, devices, want):
+    cfg = schema.Mesh(**asked)
+    assert mesh.sizes(cfg, devices) == tuple(want.get(axis, 1) for axis in mesh.AXES)
     made = mesh.make_mesh(cfg, jax.devices()[:devices])
-    assert dict(made.shape) == dict(zip(("data", "fsdp"), want, strict=True))
+    assert {axis: size for axis, size in made.shape.items() if size > 1} == want
     assert set(made.devices.flat) == set(jax.devices()[:devices])
 
 
@@ -26,8 +37,29 @@ def test_sizes_that_do_not_fit_are_refused(data, fsdp, devices):
         mesh.sizes(schema.Mesh(data=data, fsdp=fsdp), devices)
 
 
+def test_slices_are_the_outer_part_of_an_axis():
+    """Two slices of four devices: what is not named in dcn stays within a slice."""
+    grid = mesh.make_mesh(schema.Mesh(fsdp=2, tensor=2, dcn={"fsdp": 2})).devices.squeeze()
+    slices = [[device.id // 4 for device in row] for row in grid]
+    assert slices == [[0, 0], [0, 0], [1, 1], [1, 1]]
+
+
+class Sliced:
+    """A device of one of two slices, as a TPU describes itself."""
+
+    platform, device_kind, process_index = "tpu", "TPU v5 lite", 0
+
+    def __init__(self, number):
+        self.id, self.slice_index = number, number // 4
+
+
+def test_slices_and_dcn_must_agree():
+    with pytest.raises(Refused, match=r"2 slices, mesh\.dcn=\{\} multiplies to 1"):
+        mesh.make_mesh(schema.Mesh(), [Sliced(number) for number in range(8)])
+
+
 def config(**sections):
-    return schema.Config(mesh=schema.Mesh(data=2, fsdp=4), **sections)
+    return schema.Config(**({"mesh": schema.Mesh(data=2, fsdp=4)} | sections))
 
 
 def test_auto_is_settled_for_the_platform():
@@ -43,6 +75,13 @@ HELD = {"held": schema.Source(kind="synthetic")}
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
+        ({"mesh": schema.Mesh(fsdp=4, stage=2)}, r"mesh\.stage: there is no pipeline"),
+        ({"mesh": schema.Mesh(fsdp=1, tensor=8)}, r"num_heads=4 .* cannot be shared by the 8 devices of tensor"),
+        ({"mesh": schema.Mesh(fsdp=1, context=8), "data": schema.Data(length=36)}, r"data\.length=36 is not a multiple of the 8 .*context"),
+        (
+            {"mesh": schema.Mesh(fsdp=1, tensor=2, context=4), "data": schema.Data(length=36)},
+            r"data\.length=36 is not a multiple of the 8 .*context\+tensor",
+        ),
         ({"data": schema.Data(batch_size=12)}, r"data\.batch_size=12 .* 8 devices .* multiple of 8"),
         ({"data": schema.Data(batch_size=8), "train": schema.Train(microbatches=2)}, r"4 sequences at a time, .* multiple of 16"),
         (
@@ -51,9 +90,10 @@ HELD = {"held": schema.Source(kind="synthetic")}
         ),
     ],
 )
-def test_batches_that_do_not_divide_are_refused(sections, message):
+def test_what_does_not_divide_is_refused(sections, message):
+    cfg = config(**sections)
     with pytest.raises(Refused, match=message):
-        mesh.resolve(config(**sections), mesh.make_mesh(config().mesh))
+        mesh.resolve(cfg, mesh.make_mesh(cfg.mesh))
 
 
 def test_rows_may_stay_whole():

@@ -12,7 +12,7 @@ from maxtrain.config import schema
 from maxtrain.config.errors import Refused
 from maxtrain.models.decoder import Decoder
 from maxtrain.parallel import mesh, sharding
-from maxtrain.parallel.sharding import Layout, check_placement, initialise, kind, param, parameter_table, per_batch_shard, shardings
+from maxtrain.parallel.sharding import Layout, check_placement, initialise, kind, param, parameter_table, per_shard, shardings
 from maxtrain.training import dry_run
 from maxtrain.training.program import local_rows, make_program, put_batch
 
@@ -116,7 +116,7 @@ def test_a_parameter_that_lies_elsewhere_than_described_is_an_accident():
 # ------------------------------------------------------------------------------------------------------ activations
 
 
-def test_per_batch_shard_computes_the_same_on_local_rows():
+def test_per_shard_computes_the_same_on_local_rows():
     seen = []
 
     def center(x, y, weight):  # not row-wise on purpose: it shows which rows are together
@@ -124,20 +124,21 @@ def test_per_batch_shard_computes_the_same_on_local_rows():
         return (x + y) @ weight - x.mean()
 
     x, y, weight = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(8, 6), (8, 6), (6, 3)]))
-    plain = per_batch_shard(center, 2)(x, y, weight)
+    axes = (("batch", None), ("batch", None), (None, None)), ("batch", None)
+    plain = per_shard(center, *axes)(x, y, weight)
     with sharding.use(layout()):
-        local = jax.jit(per_batch_shard(center, 2))(x, y, weight)
+        local = jax.jit(per_shard(center, *axes))(x, y, weight)
     assert seen == [(8, 6), (1, 6)]
     want = (x + y) @ weight - x.mean(axis=1, keepdims=True)
     np.testing.assert_allclose(local, want, rtol=1e-5, atol=1e-6)
     assert np.abs(plain - want).max() > 0.1
 
 
-def test_per_batch_shard_adds_up_the_gradient_of_weights():
+def test_per_shard_adds_up_the_gradient_of_weights():
     x, weight = jax.random.normal(jax.random.key(0), (8, 6)), jax.random.normal(jax.random.key(1), (6, 3))
 
     def loss(weight):
-        return jnp.square(per_batch_shard(lambda x, w: x @ w, 1)(x, weight)).sum()
+        return jnp.square(per_shard(lambda x, w: x @ w, (("batch", None), (None, None)), ("batch", None))(x, weight)).sum()
 
     plain = jax.grad(loss)(weight)
     with sharding.use(layout()):

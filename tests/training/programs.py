@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from unittest import mock
 
 import jax
@@ -16,18 +17,18 @@ from maxtrain.training.program import make_program, put_batch
 MOE = {"slots": {"layer": schema.Slot(feed_forward="moe")}}
 EXPERTS = {"num_experts": 4, "experts_per_token": 2, "mlp": 40}
 MODELS = {
-    "dense": schema.Model(embed=32, mlp=64, layers="scan"),
-    "dropless": schema.Model(embed=32, layers="scan", moe=schema.Moe(**EXPERTS), **MOE),
-    "capacity": schema.Model(embed=32, layers="scan", moe=schema.Moe(**EXPERTS, dispatch="capacity"), **MOE),
+    "dense": schema.Model(vocab_size=264, embed=32, mlp=64, layers="scan"),
+    "dropless": schema.Model(vocab_size=264, embed=32, layers="scan", moe=schema.Moe(**EXPERTS), **MOE),
+    "capacity": schema.Model(vocab_size=264, embed=32, layers="scan", moe=schema.Moe(**EXPERTS, dispatch="capacity"), **MOE),
 }
 BATCH, LENGTH = 8, 48
 
 
-def make_config(model="dense", *, data=1, fsdp=1, steps=20, microbatches=1, **sections):
-    """A config of a tiny run on data x fsdp devices."""
+def make_config(model="dense", *, data=1, fsdp=1, steps=20, microbatches=1, axes=None, **sections):
+    """A config of a tiny run on data x fsdp devices, times those of other mesh axes."""
     defaults = {
         "model": MODELS[model] if isinstance(model, str) else model,
-        "mesh": schema.Mesh(data=data, fsdp=fsdp),
+        "mesh": schema.Mesh(data=data, fsdp=fsdp, **(axes or {})),
         "data": schema.Data(batch_size=BATCH, length=LENGTH),
         "train": schema.Train(steps=steps, microbatches=microbatches, loss_chunk=20, z_loss=1e-4),
         "schedule": schema.Schedule(learning_rate=1e-3, warmup_steps=4),
@@ -37,7 +38,7 @@ def make_config(model="dense", *, data=1, fsdp=1, steps=20, microbatches=1, **se
 
 def build(config, num_sources=1, loss_fn=None):
     """The program of a config on as many of the simulated devices as its mesh names."""
-    device_mesh = mesh.make_mesh(config.mesh, jax.devices()[: config.mesh.data * config.mesh.fsdp])
+    device_mesh = mesh.make_mesh(config.mesh, jax.devices()[: math.prod(getattr(config.mesh, axis) for axis in mesh.AXES)])
     return make_program(mesh.resolve(config, device_mesh), Layout(device_mesh, config.mesh.rules), num_sources, loss_fn)
 
 

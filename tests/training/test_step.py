@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from programs import BATCH, LENGTH, MODELS, batches, build, decided_batches, losses, make_config, norms, run
+from programs import BATCH, EXPERTS, LENGTH, MODELS, batches, build, decided_batches, losses, make_config, norms, run
 
 from maxtrain.checkpoint.orbax import Checkpointer
 from maxtrain.config import schema
@@ -45,6 +45,60 @@ def test_mesh_and_microbatches_change_nothing(model, data, fsdp, microbatches):
 @pytest.mark.parametrize(("model", "data", "fsdp", "microbatches"), [case for case in LONG if case not in SHORT])
 def test_mesh_and_microbatches_change_nothing_at_all(model, data, fsdp, microbatches):
     test_mesh_and_microbatches_change_nothing(model, data, fsdp, microbatches)
+
+
+WINDOWED = schema.Model(
+    vocab_size=264,
+    embed=32,
+    mlp=64,
+    num_layers=3,
+    layers="scan",
+    layer_pattern=("local", "layer"),
+    slots={"local": schema.Slot(window=9), "layer": schema.Slot()},
+)
+BIASED = schema.Model(
+    vocab_size=264,
+    embed=32,
+    mlp=64,
+    num_layers=2,
+    layers="scan",
+    qkv_bias=True,
+    out_bias=True,
+    attention_sinks=True,
+    attention_softcap=5.0,
+    final_softcap=3.0,
+    slots={"layer": schema.Slot(feed_forward="moe")},
+    moe=schema.Moe(**EXPERTS, expert_bias=True, router_bias=True, shared_mlp=16),
+)  # what has a part of its own on each device: sinks, biases, caps
+BOXED = BIASED.model_copy(update={"moe": BIASED.moe.model_copy(update={"dispatch": "capacity"})})
+AXES_SHORT = [("dense", {"fsdp": 2, "axes": {"tensor": 2}})]
+AXES_LONG = [
+    ("dense", {"axes": {"tensor": 2}}),
+    ("dense", {"axes": {"tensor": 4}}),  # two devices share a kv head
+    ("dense", {"axes": {"context": 2}}),
+    ("dense", {"axes": {"context": 4}}),
+    ("dense", {"data": 2, "axes": {"tensor": 2, "context": 2}}),
+    ("dense", {"fsdp": 2, "axes": {"context": 2}, "microbatches": 2}),
+    (WINDOWED, {"axes": {"tensor": 2, "context": 2}}),
+    (WINDOWED, {"data": 2, "fsdp": 2, "axes": {"tensor": 2}}),
+    ("dropless", {"axes": {"tensor": 2}}),
+    ("dropless", {"axes": {"context": 2}}),
+    ("capacity", {"data": 2, "axes": {"tensor": 2}}),
+    ("capacity", {"axes": {"context": 2}}),
+    ("dropless", {"axes": {"expert": 2}}),
+    ("capacity", {"data": 2, "axes": {"expert": 4}}),
+    (BIASED, {"axes": {"tensor": 2, "expert": 2}}),
+    (BIASED, {"axes": {"tensor": 4}}),
+    (BOXED, {"axes": {"tensor": 2, "expert": 2}}),
+]
+
+
+@pytest.mark.parametrize(("model", "layout"), [*AXES_SHORT, *(pytest.param(*case, marks=pytest.mark.slow) for case in AXES_LONG)])
+def test_other_axes_change_nothing(model, layout):
+    """Ten steps; the batches hold two documents a row."""
+    given = batches(10) if model in ("dense", WINDOWED) else decided_batches(model, 10)
+    reference = one_device(model)[:10] if isinstance(model, str) and model == "dense" else run(build(make_config(model), 2), given)[0]
+    assert_same(run(build(make_config(model, **layout), 2), given)[0], reference)
 
 
 def test_scan_gives_the_unrolled_losses_and_checkpoint(tmp_path):
