@@ -40,10 +40,8 @@ class Attention(nnx.Module):
         self.k_bias, self.v_bias = (bias(kv_heads, "kv_heads", cfg.qkv_bias) for _ in "kv")
         self.out_bias = bias(cfg.embed, "embed", cfg.out_bias)
         self.sinks = bias(cfg.num_heads, None, cfg.attention_sinks, std=0.02 * cfg.init_scale)
-        self.q_norm = self.k_norm = None
-        if cfg.qk_norm != "none":
-            by_head = cfg.qk_norm == "head"
-            self.q_norm, self.k_norm = (Norm(cfg, self.width if by_head else size, dtype) for size in (heads, kv_heads))
+        sizes = {"head": (self.width, self.width), "projection": (heads, kv_heads)}.get(cfg.qk_norm, (None, None))
+        self.q_norm, self.k_norm = (None if size is None else Norm(cfg, size, dtype) for size in sizes)
 
     def __call__(self, x: jax.Array, context: Context, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
         q, k = (

@@ -11,13 +11,15 @@ from typing import Any
 from maxtrain.config import schema
 from maxtrain.config.errors import Refused
 from maxtrain.config.keys import did_you_mean
-from maxtrain.models.families import llama, mixtral
+from maxtrain.models.families import gpt_oss, llama, mixtral, qwen3_moe
 from maxtrain.models.families.family import Family
 from maxtrain.models.families.tensors import Form, Row
 
 MODULES = (
     llama,
     mixtral,
+    qwen3_moe,
+    gpt_oss,
 )
 FAMILIES: Mapping[str, Family] = {family.model_type: family for module in MODULES for family in module.FAMILIES}
 

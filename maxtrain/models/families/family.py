@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,6 +83,13 @@ def function(model: schema.Model) -> dict[str, Any]:
     return values
 
 
+def shortest_period(kinds: Sequence[str]) -> tuple[str, ...]:
+    """The shortest `layer_pattern` whose repetition, cut off at the last layer, is `kinds`."""
+    sizes = range(1, len(kinds) + 1)
+    size = next((size for size in sizes if all(kind == kinds[index % size] for index, kind in enumerate(kinds))), 0)
+    return tuple(kinds[:size])
+
+
 def base(fields: Fields, *, eps: float = 1e-6, max_length: int = 2048, tied: bool = False) -> dict[str, Any]:
     """The keys of `schema.Model` that nearly all families read from the same fields, and the family's defaults for absent ones."""
     heads = fields.need("num_attention_heads")
@@ -101,7 +108,7 @@ def base(fields: Fields, *, eps: float = 1e-6, max_length: int = 2048, tied: boo
 
 
 def base_config(model: schema.Model) -> dict[str, Any]:
-    """The inverse of `base`."""
+    """The inverse of `base`; an activation that `base` does not know becomes `silu`, which `Family.config` refuses as a loss."""
     return {
         "vocab_size": model.vocab_size,
         "hidden_size": model.embed,
@@ -111,6 +118,6 @@ def base_config(model: schema.Model) -> dict[str, Any]:
         "head_dim": model.head_width,
         "max_position_embeddings": model.max_length,
         "rms_norm_eps": model.norm_eps,
-        "hidden_act": next(name for name, ours in ACTIVATIONS.items() if ours == model.activation),
+        "hidden_act": next((name for name, ours in ACTIVATIONS.items() if ours == model.activation), "silu"),
         "tie_word_embeddings": model.tie_embeddings,
     }

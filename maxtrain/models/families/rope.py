@@ -37,9 +37,33 @@ def _write_llama3(scaling: schema.RopeScaling) -> dict[str, Any]:
     }
 
 
+YARN = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")  # optional, and called alike
+
+
+def _read_yarn(rope: Fields, config: Fields) -> schema.RopeScaling:
+    optional = {name: rope.get(name) for name in YARN}
+    return schema.RopeScaling(
+        kind="yarn",
+        factor=rope.need("factor"),
+        original_length=rope.get("original_max_position_embeddings") or config.need("max_position_embeddings"),
+        **{name: value for name, value in optional.items() if value is not None},
+    )
+
+
+def _write_yarn(scaling: schema.RopeScaling) -> dict[str, Any]:
+    optional = {name: getattr(scaling, name) for name in YARN}
+    return {
+        "rope_type": "yarn",
+        "factor": scaling.factor,
+        "original_max_position_embeddings": scaling.original_length,
+        **{name: value for name, value in optional.items() if value is not None},
+    }
+
+
 SCALINGS: Mapping[str, Scaling] = {
     "default": Scaling(lambda rope, config: None, lambda scaling: {"rope_type": "default"}),
     "llama3": Scaling(_read_llama3, _write_llama3),
+    "yarn": Scaling(_read_yarn, _write_yarn),
 }
 
 

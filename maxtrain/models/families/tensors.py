@@ -92,6 +92,14 @@ def _take(array: Any, axis: int, start: int, stop: int) -> Any:
     return array[tuple(index)]
 
 
+def _alternate(arrays: Arrays) -> Arrays:
+    pair = _space(arrays[0]).stack(arrays, axis=-1)
+    return [pair.reshape((*pair.shape[:-2], -1))]
+
+
+ALTERNATING = Transform(lambda arrays: [arrays[0][..., 0::2], arrays[0][..., 1::2]], _alternate)  # gate, up, gate, up ... (GPT-OSS)
+
+
 @functools.cache
 def per_expert(num_experts: int) -> Transform:
     """A tensor [out, in] for each expert and parameter, all parameters of an expert together; ours are [expert, in, out] each."""
@@ -141,6 +149,18 @@ def attention(ours: str, theirs: str) -> Iterator[Row]:
     """The four projections of grouped-query attention, a tensor each."""
     for name, tensor in (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj"), ("out", "o_proj")):
         yield linear(f"{ours}attention/{name}", f"{theirs}self_attn.{tensor}.weight")
+
+
+def attention_extras(model: schema.Model, ours: str, theirs: str) -> Iterator[Row]:
+    """What some models have besides the projections: their biases, norms of queries and keys, sinks."""
+    biases = [("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj")] * model.qkv_bias + [("out", "o_proj")] * model.out_bias
+    for name, tensor in biases:
+        yield same(f"{ours}attention/{name}_bias", f"{theirs}self_attn.{tensor}.bias")
+    if model.qk_norm != "none":
+        for name in ("q_norm", "k_norm"):
+            yield same(f"{ours}attention/{name}/scale", f"{theirs}self_attn.{name}.weight")
+    if model.attention_sinks:
+        yield same(f"{ours}attention/sinks", f"{theirs}self_attn.sinks")
 
 
 def gated(ours: str, theirs: str) -> Iterator[Row]:
