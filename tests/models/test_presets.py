@@ -37,6 +37,10 @@ PUBLISHED = {  # from the models' own configurations and cards
     "gemma2-27b": 27_227_128_320,
     "gemma3-1b": 999_885_952,
     "gemma3-27b": 27_009_346_304,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "qwen3-235b-a22b": 235_093_634_560,
+    "gpt-oss-20b": 20_914_757_184,
+    "gpt-oss-120b": 116_829_156_672,
 }
 
 

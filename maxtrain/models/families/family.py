@@ -107,7 +107,7 @@ def base(fields: Fields, *, eps: float = 1e-6, max_length: int = 2048, tied: boo
 
 
 def base_config(model: schema.Model) -> dict[str, Any]:
-    """The inverse of `base`."""
+    """The inverse of `base`; an activation that `base` does not know becomes `silu`, which `Family.config` refuses as a loss."""
     return {
         "vocab_size": model.vocab_size,
         "hidden_size": model.embed,
@@ -117,6 +117,6 @@ def base_config(model: schema.Model) -> dict[str, Any]:
         "head_dim": model.head_width,
         "max_position_embeddings": model.max_length,
         "rms_norm_eps": model.norm_eps,
-        "hidden_act": next(name for name, ours in ACTIVATIONS.items() if ours == model.activation),
+        "hidden_act": next((name for name, ours in ACTIVATIONS.items() if ours == model.activation), "silu"),
         "tie_word_embeddings": model.tie_embeddings,
     }

@@ -37,18 +37,27 @@ def _write_llama3(scaling: schema.RopeScaling) -> dict[str, Any]:
     }
 
 
+YARN = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")  # optional, and called alike
+
+
 def _read_yarn(rope: Fields, config: Fields) -> schema.RopeScaling:
-    original = rope.get("original_max_position_embeddings") or config.need("max_position_embeddings")
-    names = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
-    numbers = {name: float(rope.get(name)) for name in names if rope.get(name)}
-    factor = rope.get("factor") or config.need("max_position_embeddings") / original
-    return schema.RopeScaling(kind="yarn", factor=factor, original_length=original, truncate=rope.get("truncate", True), **numbers)
+    optional = {name: rope.get(name) for name in YARN}
+    return schema.RopeScaling(
+        kind="yarn",
+        factor=rope.need("factor"),
+        original_length=rope.get("original_max_position_embeddings") or config.need("max_position_embeddings"),
+        **{name: value for name, value in optional.items() if value is not None},
+    )
 
 
 def _write_yarn(scaling: schema.RopeScaling) -> dict[str, Any]:
-    names = ("factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")
-    values = {name: getattr(scaling, name) for name in names if getattr(scaling, name) is not None}
-    return {"rope_type": "yarn", "original_max_position_embeddings": scaling.original_length, **values}
+    optional = {name: getattr(scaling, name) for name in YARN}
+    return {
+        "rope_type": "yarn",
+        "factor": scaling.factor,
+        "original_max_position_embeddings": scaling.original_length,
+        **{name: value for name, value in optional.items() if value is not None},
+    }
 
 
 SCALINGS: Mapping[str, Scaling] = {

@@ -92,6 +92,14 @@ def _take(array: Any, axis: int, start: int, stop: int) -> Any:
     return array[tuple(index)]
 
 
+def _alternate(arrays: Arrays) -> Arrays:
+    pair = _space(arrays[0]).stack(arrays, axis=-1)
+    return [pair.reshape((*pair.shape[:-2], -1))]
+
+
+ALTERNATING = Transform(lambda arrays: [arrays[0][..., 0::2], arrays[0][..., 1::2]], _alternate)  # gate, up, gate, up ... (GPT-OSS)
+
+
 @functools.cache
 def per_expert(num_experts: int) -> Transform:
     """A tensor [out, in] for each expert and parameter, all parameters of an expert together; ours are [expert, in, out] each."""
@@ -143,15 +151,16 @@ def attention(ours: str, theirs: str) -> Iterator[Row]:
         yield linear(f"{ours}attention/{name}", f"{theirs}self_attn.{tensor}.weight")
 
 
-def attention_vectors(model: schema.Model, ours: str, theirs: str) -> Iterator[Row]:
-    """Biases of the projections and scales of the norms of queries and keys, where the model has them."""
-    biased = "qkv" * model.qkv_bias
-    for name in biased:
-        yield same(f"{ours}attention/{name}_bias", f"{theirs}self_attn.{name}_proj.bias")
-    if model.out_bias:
-        yield same(f"{ours}attention/out_bias", f"{theirs}self_attn.o_proj.bias")
-    for name in "qk" if model.qk_norm != "none" else "":
-        yield same(f"{ours}attention/{name}_norm/scale", f"{theirs}self_attn.{name}_norm.weight")
+def attention_extras(model: schema.Model, ours: str, theirs: str) -> Iterator[Row]:
+    """What some models have besides the projections: their biases, norms of queries and keys, sinks."""
+    biases = [("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj")] * model.qkv_bias + [("out", "o_proj")] * model.out_bias
+    for name, tensor in biases:
+        yield same(f"{ours}attention/{name}_bias", f"{theirs}self_attn.{tensor}.bias")
+    if model.qk_norm != "none":
+        for name in ("q_norm", "k_norm"):
+            yield same(f"{ours}attention/{name}/scale", f"{theirs}self_attn.{name}.weight")
+    if model.attention_sinks:
+        yield same(f"{ours}attention/sinks", f"{theirs}self_attn.sinks")
 
 
 PRE_NORMS = {"attention_norm": "input_layernorm", "feed_forward_norm": "post_attention_layernorm"}
@@ -182,7 +191,7 @@ def dense(norms: Mapping[str, str], *, fused_qkv: bool = False, fused_up: bool =
             for name, tensor in norms.items():
                 yield same(f"{ours}{name}/scale", f"{theirs}{tensor}.weight")
             yield from fused_attention(model, ours, theirs) if fused_qkv else attention(ours, theirs)
-            yield from attention_vectors(model, ours, theirs)
+            yield from attention_extras(model, ours, theirs)
             yield from fused_gated(model, ours, theirs) if fused_up else gated(ours, theirs)
 
     return rows
