@@ -43,9 +43,9 @@ class RopeScaling(Section):
     attention_factor: PositiveFloat | None = None
     """Factor on queries and keys; null derives it from `factor`, `mscale` and `mscale_all_dim` (yarn)."""
     mscale: PositiveFloat | None = None
-    """Slope m of the factor 0.1 m ln(factor) + 1 on queries and keys; 1 when null (yarn)."""
+    """Slope m of the factor 0.1 m ln(factor) + 1 on queries and keys, together with `mscale_all_dim`; 1 when null (yarn)."""
     mscale_all_dim: PositiveFloat | None = None
-    """The same for the whole attention of DeepSeek, by which the factor of the rotated part is divided (yarn)."""
+    """The same for the whole attention of DeepSeek, by which the factor of the rotated part is divided; together with `mscale` (yarn)."""
     truncate: bool = True
     """Round the bounds between kept and stretched pairs to whole pairs (yarn)."""
 
@@ -55,6 +55,10 @@ class RopeScaling(Section):
             raise ValueError("high_freq_factor must be larger than low_freq_factor")
         if self.beta_fast <= self.beta_slow:
             raise ValueError("beta_fast must be larger than beta_slow")
+        if (self.mscale is None) != (self.mscale_all_dim is None):
+            raise ValueError("mscale and mscale_all_dim only have an effect together: set both or none")
+        if self.mscale is not None and self.attention_factor is not None:
+            raise ValueError("mscale has no effect beside attention_factor: remove one of them")
         for name in sorted(self.changed & set(READ_BY)):
             if self.kind not in READ_BY[name]:
                 raise ValueError(f"{name} has no effect with kind: {self.kind}; it is read by {' and '.join(READ_BY[name])}")

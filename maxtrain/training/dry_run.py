@@ -33,7 +33,9 @@ def activation_bytes(config: schema.Config, shards: int) -> int:
     total = 0.0
     for name in model.kinds:
         slot = model.slots[name]
-        mlp = model.moe.mlp * model.moe.experts_per_token if slot.feed_forward == "moe" and model.moe else model.mlp
+        mlp = model.mlp
+        if slot.feed_forward == "moe" and model.moe:
+            mlp = model.moe.mlp * model.moe.experts_per_token + (model.moe.shared_mlp or 0)
         products = heads + 2 * kv_heads + model.embed + 2 * mlp + model.embed
         scores = 2 * model.num_heads * flops.visible_keys(config.data.length, slot.window)
         kept = {"full": 0.0, "dots": products, "none": products + heads + 3 * model.embed + 2 * mlp + scores}

@@ -61,6 +61,11 @@ BROKEN = [
         "model: rotary embedding turns pairs: 0.2 (rope.fraction) of the head width 16 must be even and above 0",
     ),
     ("model: {rope: {scaling: {kind: linear, beta_fast: 9}}}", "beta_fast has no effect with kind: linear; it is read by yarn"),
+    ("model: {rope: {scaling: {kind: yarn, mscale: 2}}}", "mscale and mscale_all_dim only have an effect together: set both or none"),
+    (
+        "model: {rope: {scaling: {kind: yarn, mscale: 2, mscale_all_dim: 1, attention_factor: 1}}}",
+        "mscale has no effect beside attention_factor: remove one of them",
+    ),
     ("model: {rope: {scaling: {kind: yarn, beta_fast: 1}}}", "beta_fast must be larger than beta_slow"),
     ("model: {slots: {layer: {rotary: false, rope: {theta: 9}}}}", "rope has no effect with rotary: false; remove one of them"),
     ("model: {norm_placement: both}", "model.norm_placement: both is refused: write pre, post, sandwich or parallel"),

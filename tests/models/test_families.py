@@ -47,7 +47,7 @@ def reference(family, name):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **CASES[family][name]), attn_implementation="eager").eval()
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2) if parameter.ndim > 1 else torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        torch.nn.init.normal_(parameter, std=0.3) if parameter.ndim > 1 else torch.nn.init.uniform_(parameter, 0.5, 1.5)
     for key, buffer in model.named_buffers():
         if key.endswith("bias"):  # a routing bias is no parameter there
             torch.nn.init.uniform_(buffer, -0.1, 0.1)

@@ -5,7 +5,9 @@ import pathlib
 import pytest
 
 from maxtrain.config import load, schema
+from maxtrain.models import families
 from maxtrain.models.decoder import Decoder
+from maxtrain.models.families.family import function
 from maxtrain.parallel.sharding import parameter_table
 
 FOLDER = pathlib.Path(__file__).parents[2] / "configs" / "models"
@@ -53,6 +55,14 @@ def count(path):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_number_of_parameters(name):
     assert count(FOLDER / f"{name}.yml") == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yml")), ids=lambda path: path.stem)
+def test_preset_is_of_a_family(path):
+    """So it can be exported, the miniatures too."""
+    model = load(path).config.model
+    family, config = families.of_model(model)
+    assert function(family.model(config)) == function(model)
 
 
 def test_every_preset_is_checked():

@@ -60,7 +60,7 @@ def test_yarn_mscale():
     assert math.isclose(factor(), 0.1 * math.log(40) + 1)
     assert math.isclose(factor(mscale=0.707, mscale_all_dim=0.707), 1.0)
     assert math.isclose(factor(mscale=2.0, mscale_all_dim=0.5), (0.2 * math.log(40) + 1) / (0.05 * math.log(40) + 1))
-    assert factor(attention_factor=1.5, mscale=2.0) == 1.5
+    assert factor(attention_factor=1.5) == 1.5
     cos, sin = rope.angles(np.array([[3]]), schema.Rope(scaling=schema.RopeScaling(kind="yarn", factor=40.0)), 16)
     np.testing.assert_allclose(cos**2 + sin**2, (0.1 * math.log(40) + 1) ** 2, rtol=1e-5)
 

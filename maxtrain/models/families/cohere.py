@@ -9,7 +9,7 @@ from maxtrain.config import schema
 from maxtrain.models.families import pattern, rope
 from maxtrain.models.families.family import Family, base, base_config
 from maxtrain.models.families.fields import Fields
-from maxtrain.models.families.tensors import dense
+from maxtrain.models.families.rows import decoder
 
 
 def _keys(fields: Fields) -> dict[str, Any]:
@@ -56,7 +56,7 @@ FAMILIES = (
         "CohereForCausalLM",
         lambda f: schema.Model(**_keys(f)),
         _write,
-        dense({"attention_norm": "input_layernorm"}),
+        decoder({"attention_norm": "input_layernorm"}),
         fixed={"use_qk_norm": False},
     ),
     Family(
@@ -64,7 +64,7 @@ FAMILIES = (
         "Cohere2ForCausalLM",
         _read2,
         _write2,
-        dense({"attention_norm": "input_layernorm"}),
+        decoder({"attention_norm": "input_layernorm"}),
         ignored=frozenset(
             {
                 "cache_implementation",

@@ -9,7 +9,7 @@ from maxtrain.config import schema
 from maxtrain.models.families import pattern, rope
 from maxtrain.models.families.family import ACTIVATIONS, Family, base, base_config
 from maxtrain.models.families.fields import Fields
-from maxtrain.models.families.tensors import PRE_NORMS, dense
+from maxtrain.models.families.rows import decoder
 
 SANDWICH = {
     "attention_norm": "input_layernorm",
@@ -90,7 +90,7 @@ def _write3(model: schema.Model) -> dict[str, Any]:
 FIXED = {"attention_bias": False, "use_bidirectional_attention": False}
 IGNORED = frozenset({"cache_implementation", "hidden_activation"})
 FAMILIES = (
-    Family("gemma", "GemmaForCausalLM", _read, _write, dense(PRE_NORMS), ignored=IGNORED, fixed=FIXED),
-    Family("gemma2", "Gemma2ForCausalLM", _read2, _write2, dense(SANDWICH), ignored=IGNORED, fixed=FIXED),
-    Family("gemma3_text", "Gemma3ForCausalLM", _read3, _write3, dense(SANDWICH), ignored=IGNORED, fixed=FIXED),
+    Family("gemma", "GemmaForCausalLM", _read, _write, decoder(), ignored=IGNORED, fixed=FIXED),
+    Family("gemma2", "Gemma2ForCausalLM", _read2, _write2, decoder(SANDWICH), ignored=IGNORED, fixed=FIXED),
+    Family("gemma3_text", "Gemma3ForCausalLM", _read3, _write3, decoder(SANDWICH), ignored=IGNORED, fixed=FIXED),
 )

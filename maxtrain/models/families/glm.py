@@ -8,7 +8,7 @@ from maxtrain.config import schema
 from maxtrain.models.families import rope
 from maxtrain.models.families.family import Family, base, base_config
 from maxtrain.models.families.fields import Fields
-from maxtrain.models.families.tensors import PRE_NORMS, dense
+from maxtrain.models.families.rows import decoder, fused_gated
 
 SANDWICH = {
     "attention_norm": "input_layernorm",
@@ -35,12 +35,12 @@ def _write(model: schema.Model) -> dict[str, Any]:
 
 
 FAMILIES = (
-    Family("glm", "GlmForCausalLM", lambda fields: schema.Model(**_keys(fields)), _write, dense(PRE_NORMS, fused_up=True)),
+    Family("glm", "GlmForCausalLM", lambda fields: schema.Model(**_keys(fields)), _write, decoder(feed_forward=fused_gated)),
     Family(
         "glm4",
         "Glm4ForCausalLM",
         lambda fields: schema.Model(**_keys(fields), norm_placement="sandwich"),
         _write,
-        dense(SANDWICH, fused_up=True),
+        decoder(SANDWICH, feed_forward=fused_gated),
     ),
 )

@@ -10,27 +10,21 @@ from maxtrain.config.errors import Refused
 from maxtrain.models.families import pattern, rope
 from maxtrain.models.families.family import Family, base, base_config
 from maxtrain.models.families.fields import Fields
-from maxtrain.models.families.tensors import ALTERNATING, Form, Row, attention, attention_extras, ends, layers, linear, same
+from maxtrain.models.families.rows import decoder
+from maxtrain.models.families.tensors import ALTERNATING, Form, Row, linear, same
 
 TYPES = ("sliding_attention", "full_attention")
 
 
-def rows(model: schema.Model) -> Iterator[Row]:
-    """Pre-norm layers; the experts' matrices are not transposed, and columns of gate and up alternate."""
-    yield from ends(model)
-    for index, (ours, _) in enumerate(layers(model)):
-        theirs = f"model.layers.{index}."
-        yield same(f"{ours}attention_norm/scale", f"{theirs}input_layernorm.weight")
-        yield from attention(ours, theirs)
-        yield from attention_extras(model, ours, theirs)
-        yield same(f"{ours}feed_forward_norm/scale", f"{theirs}post_attention_layernorm.weight")
-        part = f"{ours}feed_forward/"
-        yield linear(f"{part}router", f"{theirs}mlp.router.weight")
-        yield same(f"{part}router_bias", f"{theirs}mlp.router.bias")
-        for bias in ("", "_bias"):
-            both = (Form((f"{theirs}mlp.experts.gate_up_proj{bias}",), ALTERNATING),)
-            yield Row((f"{part}gate{bias}", f"{part}up{bias}"), both)
-            yield same(f"{part}down{bias}", f"{theirs}mlp.experts.down_proj{bias}")
+def _experts(model: schema.Model, slot: schema.Slot, ours: str, theirs: str) -> Iterator[Row]:
+    """Router and experts with biases; the matrices are not transposed, and columns of gate and up alternate."""
+    part = f"{ours}feed_forward/"
+    yield linear(f"{part}router", f"{theirs}mlp.router.weight")
+    yield same(f"{part}router_bias", f"{theirs}mlp.router.bias")
+    for bias in ("", "_bias"):
+        both = (Form((f"{theirs}mlp.experts.gate_up_proj{bias}",), ALTERNATING),)
+        yield Row((f"{part}gate{bias}", f"{part}up{bias}"), both)
+        yield same(f"{part}down{bias}", f"{theirs}mlp.experts.down_proj{bias}")
 
 
 def _read(fields: Fields) -> schema.Model:
@@ -83,7 +77,7 @@ FAMILIES = (
         "GptOssForCausalLM",
         _read,
         _write,
-        rows,
+        decoder(feed_forward=_experts),
         ignored=frozenset({"output_router_logits", "initial_context_length", "experts_per_token"}),
         fixed={"swiglu_limit": 7.0, "swiglu_alpha": 1.702},
     ),

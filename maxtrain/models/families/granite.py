@@ -8,7 +8,7 @@ from maxtrain.config import schema
 from maxtrain.models.families import rope
 from maxtrain.models.families.family import Family, base, base_config
 from maxtrain.models.families.fields import Fields
-from maxtrain.models.families.tensors import PRE_NORMS, dense
+from maxtrain.models.families.rows import decoder
 
 
 def _read(fields: Fields) -> schema.Model:
@@ -40,4 +40,4 @@ def _write(model: schema.Model) -> dict[str, Any]:
     }
 
 
-FAMILIES = (Family("granite", "GraniteForCausalLM", _read, _write, dense(PRE_NORMS), fixed={"mlp_bias": False}),)
+FAMILIES = (Family("granite", "GraniteForCausalLM", _read, _write, decoder(), fixed={"mlp_bias": False}),)

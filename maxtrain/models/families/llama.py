@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from maxtrain.config import schema
 from maxtrain.models.families import rope
 from maxtrain.models.families.family import Family, base, base_config
 from maxtrain.models.families.fields import Fields
-from maxtrain.models.families.tensors import Row, attention, ends, gated, layers, same
-
-
-def rows(model: schema.Model) -> Iterator[Row]:
-    """Pre-norm layers of attention and a gated feed-forward."""
-    yield from ends(model)
-    for index, (ours, _) in enumerate(layers(model)):
-        theirs = f"model.layers.{index}."
-        yield same(f"{ours}attention_norm/scale", f"{theirs}input_layernorm.weight")
-        yield from attention(ours, theirs)
-        yield same(f"{ours}feed_forward_norm/scale", f"{theirs}post_attention_layernorm.weight")
-        yield from gated(ours, theirs)
+from maxtrain.models.families.rows import decoder
 
 
 def _read_llama(fields: Fields) -> schema.Model:
@@ -50,10 +38,10 @@ FAMILIES = (
         "LlamaForCausalLM",
         _read_llama,
         _write_llama,
-        rows,
+        decoder(),
         ignored=frozenset({"pretraining_tp", "is_llama_config"}),  # the first only cuts products into parts
         fixed=FIXED,
         surplus=SURPLUS,
     ),
-    Family("mistral", "MistralForCausalLM", _read_mistral, _write_mistral, rows, surplus=SURPLUS),
+    Family("mistral", "MistralForCausalLM", _read_mistral, _write_mistral, decoder(), surplus=SURPLUS),
 )

@@ -9,19 +9,14 @@ from maxtrain.config import schema
 from maxtrain.models.families import rope
 from maxtrain.models.families.family import Family, base, base_config
 from maxtrain.models.families.fields import Fields
-from maxtrain.models.families.tensors import Row, attention, ends, experts, layers, linear, same
+from maxtrain.models.families.rows import decoder, experts
+from maxtrain.models.families.tensors import Row, linear
 
 
-def rows(model: schema.Model) -> Iterator[Row]:
-    """Pre-norm layers of attention and routed experts."""
-    yield from ends(model)
-    for index, (ours, _) in enumerate(layers(model)):
-        theirs = f"model.layers.{index}."
-        yield same(f"{ours}attention_norm/scale", f"{theirs}input_layernorm.weight")
-        yield from attention(ours, theirs)
-        yield same(f"{ours}feed_forward_norm/scale", f"{theirs}post_attention_layernorm.weight")
-        yield linear(f"{ours}feed_forward/router", f"{theirs}block_sparse_moe.gate.weight", f"{theirs}mlp.gate.weight")
-        yield from experts(model, ours, f"{theirs}block_sparse_moe.experts.{{}}.", ("w1", "w3", "w2"), f"{theirs}mlp.experts.")
+def _experts(model: schema.Model, slot: schema.Slot, ours: str, theirs: str) -> Iterator[Row]:
+    """Routed experts under their published names, and under those of transformers 5."""
+    yield linear(f"{ours}feed_forward/router", f"{theirs}block_sparse_moe.gate.weight", f"{theirs}mlp.gate.weight")
+    yield from experts(model, ours, f"{theirs}block_sparse_moe.experts.{{}}.", ("w1", "w3", "w2"), f"{theirs}mlp.experts.")
 
 
 def _read(fields: Fields) -> schema.Model:
@@ -56,7 +51,7 @@ FAMILIES = (
         "MixtralForCausalLM",
         _read,
         _write,
-        rows,
+        decoder(feed_forward=_experts),
         ignored=frozenset({"output_router_logits"}),
         fixed={"router_jitter_noise": 0.0},
     ),

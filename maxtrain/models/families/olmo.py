@@ -9,7 +9,7 @@ from maxtrain.config import schema
 from maxtrain.models.families import pattern, rope
 from maxtrain.models.families.family import Family, base, base_config
 from maxtrain.models.families.fields import Fields
-from maxtrain.models.families.tensors import dense
+from maxtrain.models.families.rows import decoder
 
 NORMS = {"attention_post_norm": "post_attention_layernorm", "feed_forward_post_norm": "post_feedforward_layernorm"}
 
@@ -45,6 +45,6 @@ def _write3(model: schema.Model) -> dict[str, Any]:
 
 
 FAMILIES = (
-    Family("olmo2", "Olmo2ForCausalLM", _read2, _write2, dense(NORMS)),
-    Family("olmo3", "Olmo3ForCausalLM", _read3, _write3, dense(NORMS)),
+    Family("olmo2", "Olmo2ForCausalLM", _read2, _write2, decoder(NORMS)),
+    Family("olmo3", "Olmo3ForCausalLM", _read3, _write3, decoder(NORMS)),
 )

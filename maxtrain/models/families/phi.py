@@ -8,7 +8,7 @@ from maxtrain.config import schema
 from maxtrain.models.families import rope
 from maxtrain.models.families.family import Family, base, base_config
 from maxtrain.models.families.fields import Fields
-from maxtrain.models.families.tensors import PRE_NORMS, dense
+from maxtrain.models.families.rows import decoder, fused_gated, fused_qkv
 
 
 def _read(fields: Fields) -> schema.Model:
@@ -29,7 +29,7 @@ FAMILIES = (
         "Phi3ForCausalLM",
         _read,
         _write,
-        dense(PRE_NORMS, fused_qkv=True, fused_up=True),
+        decoder(attention=fused_qkv, feed_forward=fused_gated),
         ignored=frozenset({"original_max_position_embeddings"}),  # read by the scaling that is refused
         fixed={"attention_bias": False},
     ),

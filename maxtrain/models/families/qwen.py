@@ -8,7 +8,7 @@ from maxtrain.config import schema
 from maxtrain.models.families import pattern, rope
 from maxtrain.models.families.family import Family, base, base_config
 from maxtrain.models.families.fields import Fields
-from maxtrain.models.families.tensors import PRE_NORMS, dense
+from maxtrain.models.families.rows import decoder
 
 
 def _layers(fields: Fields) -> dict[str, Any]:
@@ -47,6 +47,6 @@ def _write(model: schema.Model) -> dict[str, Any]:
 
 
 FAMILIES = (
-    Family("qwen2", "Qwen2ForCausalLM", _read, _write, dense(PRE_NORMS), ignored=frozenset({"use_mrope"})),
-    Family("qwen3", "Qwen3ForCausalLM", _read3, lambda model: _write(model) | {"attention_bias": model.out_bias}, dense(PRE_NORMS)),
+    Family("qwen2", "Qwen2ForCausalLM", _read, _write, decoder(), ignored=frozenset({"use_mrope"})),
+    Family("qwen3", "Qwen3ForCausalLM", _read3, lambda model: _write(model) | {"attention_bias": model.out_bias}, decoder()),
 )

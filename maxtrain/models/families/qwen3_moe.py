@@ -9,24 +9,18 @@ from maxtrain.config import schema
 from maxtrain.models.families import pattern, rope
 from maxtrain.models.families.family import Family, base, base_config
 from maxtrain.models.families.fields import Fields
-from maxtrain.models.families.tensors import Row, attention, attention_extras, ends, experts, gated, layers, linear, same
+from maxtrain.models.families.rows import decoder, experts, gated
+from maxtrain.models.families.tensors import Row, linear
 
 
-def rows(model: schema.Model) -> Iterator[Row]:
-    """Pre-norm layers of attention and routed experts or a gated feed-forward."""
-    yield from ends(model)
-    for index, (ours, slot) in enumerate(layers(model)):
-        theirs = f"model.layers.{index}."
-        yield same(f"{ours}attention_norm/scale", f"{theirs}input_layernorm.weight")
-        yield from attention(ours, theirs)
-        yield from attention_extras(model, ours, theirs)
-        yield same(f"{ours}feed_forward_norm/scale", f"{theirs}post_attention_layernorm.weight")
-        if slot.feed_forward == "dense":
-            yield from gated(ours, theirs)
-            continue
-        yield linear(f"{ours}feed_forward/router", f"{theirs}mlp.gate.weight")
-        names = ("gate_proj", "up_proj", "down_proj")
-        yield from experts(model, ours, f"{theirs}mlp.experts.{{}}.", names, f"{theirs}mlp.experts.")
+def _feed_forward(model: schema.Model, slot: schema.Slot, ours: str, theirs: str) -> Iterator[Row]:
+    """Routed experts or a gated feed-forward."""
+    if slot.feed_forward == "dense":
+        yield from gated(model, slot, ours, theirs)
+        return
+    yield linear(f"{ours}feed_forward/router", f"{theirs}mlp.gate.weight")
+    names = ("gate_proj", "up_proj", "down_proj")
+    yield from experts(model, ours, f"{theirs}mlp.experts.{{}}.", names, f"{theirs}mlp.experts.")
 
 
 def _read(fields: Fields) -> schema.Model:
@@ -83,7 +77,7 @@ FAMILIES = (
         "Qwen3MoeForCausalLM",
         _read,
         _write,
-        rows,
+        decoder(feed_forward=_feed_forward),
         ignored=frozenset({"output_router_logits", "max_window_layers"}),
     ),
 )

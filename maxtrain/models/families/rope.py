@@ -42,6 +42,8 @@ YARN = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"
 
 def _read_yarn(rope: Fields, config: Fields) -> schema.RopeScaling:
     optional = {name: rope.get(name) for name in YARN}
+    if optional["attention_factor"] is not None or not (optional["mscale"] and optional["mscale_all_dim"]):
+        optional |= {"mscale": None, "mscale_all_dim": None}  # of no effect alone or beside an explicit factor
     return schema.RopeScaling(
         kind="yarn",
         factor=rope.need("factor"),

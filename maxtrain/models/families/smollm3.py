@@ -8,7 +8,7 @@ from maxtrain.config import schema
 from maxtrain.models.families import pattern, rope
 from maxtrain.models.families.family import Family, base, base_config
 from maxtrain.models.families.fields import Fields
-from maxtrain.models.families.tensors import PRE_NORMS, dense
+from maxtrain.models.families.rows import decoder
 
 
 def _read(fields: Fields) -> schema.Model:
@@ -38,7 +38,7 @@ FAMILIES = (
         "SmolLM3ForCausalLM",
         _read,
         _write,
-        dense(PRE_NORMS),
+        decoder(),
         ignored=frozenset({"layer_types", "max_window_layers", "sliding_window"}),  # read with use_sliding_window only
         fixed={"mlp_bias": False, "use_sliding_window": False},
     ),
