@@ -29,20 +29,41 @@ print(json.dumps({
     "arguments": compiled.memory_analysis().argument_size_in_bytes,
     "parameters": sum(p.size for p in parameter_table(program.state.model).values()),
     "gathers": text.count("all-gather"), "barriers": text.count("opt-barrier"),
+    "ragged": text.count("ragged-all-to-all"),
 }))
 """
+
+
+def compile_for_v5e(preset, *overrides):
+    """What CODE prints, in a process of its own."""
+    pytest.importorskip("libtpu")
+    command = [sys.executable, "-c", CODE, f"configs/models/{preset}.yml", *overrides]
+    env = {**os.environ, "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides"),
+    [
+        ("llama-tiny", ["mesh.tensor=2", "model.mlp=1024"]),
+        ("llama-tiny", ["mesh.context=2", "model.mlp=1024"]),
+        ("mixtral-tiny", ["mesh.expert=2", "model.moe.mlp=512"]),
+        ("mixtral-tiny", ["mesh.expert=2", "model.moe.mlp=512", "model.moe.dispatch=capacity"]),
+    ],
+)
+def test_other_axes_compile_for_v5e(preset, overrides):
+    """Among them the ragged exchange of tokens, which no other platform runs."""
+    found = compile_for_v5e(preset, *overrides)
+    ragged = "mesh.expert=2" in overrides and "model.moe.dispatch=capacity" not in overrides
+    assert (found["ragged"] > 0) == ragged
 
 
 @pytest.mark.parametrize(("preset", "wider"), [("llama-tiny", "model.mlp=1024"), ("mixtral-tiny", "model.moe.mlp=512")])
 def test_step_compiles_for_v5e(preset, wider):
     """The miniatures are widened to whole TPU tiles, so that bytes can be compared with the count of parameters."""
-    pytest.importorskip("libtpu")
-    command = [sys.executable, "-c", CODE, f"configs/models/{preset}.yml", wider]
-
-    env = {**os.environ, "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=500)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = compile_for_v5e(preset, wider)
     assert (found["compute"], found["layers"], found["devices"]) == ("bfloat16", "scan", 4)
     # parameters and two moments in float32, split over 4 devices; the rest is the batch and the small replicated norms
     assert found["arguments"] == pytest.approx(12 * found["parameters"] / 4, rel=0.15)
