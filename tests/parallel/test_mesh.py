@@ -1,5 +1,8 @@
 """From the devices that are there to a mesh, and what is refused on the way."""
 
+import subprocess
+import sys
+
 import jax
 import pytest
 
@@ -101,3 +104,27 @@ def test_rows_may_stay_whole():
     rules = {"batch": ("data",), "embed": ("fsdp",)}
     cfg = schema.Config(mesh=schema.Mesh(data=2, fsdp=4, rules=rules), data=schema.Data(batch_size=2))
     assert mesh.resolve(cfg, mesh.make_mesh(cfg.mesh)).data.batch_size == 2
+
+
+KEEPING = """
+import ctypes, resource
+from maxtrain.parallel import mesh
+mesh.keep_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+SIZE = 2**31 + 2**27
+for _ in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block = libc.malloc(SIZE)
+    for at in range(0, SIZE, 4096):
+        ctypes.c_char.from_address(block + at).value = b"x"
+    libc.free(block)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of glibc")
+def test_freed_memory_is_kept_even_above_2_gib():
+    """A block of the size of a real step's temporaries costs page faults once."""
+    done = subprocess.run([sys.executable, "-c", KEEPING], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1000
