@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from maxtrain.config.serving import SamplingParams
+    from maxtrain.llm import LLM
     from maxtrain.training.pretrained import Pretrained
+
+__all__ = ["LLM", "SamplingParams", "load"]
 
 __version__ = "0.1.0"
 
@@ -23,3 +27,16 @@ def load(path: str | os.PathLike[str]) -> Pretrained:
     from maxtrain.training.pretrained import load_pretrained  # jax only from here on
 
     return load_pretrained(path)
+
+
+def __getattr__(name: str) -> Any:
+    """`LLM` and `SamplingParams`, with jax and pydantic only when they are asked for."""
+    if name == "LLM":
+        from maxtrain.llm import LLM
+
+        return LLM
+    if name == "SamplingParams":
+        from maxtrain.config.serving import SamplingParams
+
+        return SamplingParams
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

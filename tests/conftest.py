@@ -28,6 +28,15 @@ def pytest_collection_modifyitems(config, items):
         items[:] = kept
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Every compiled program holds memory maps, of which a process may have 65,530: a worker that runs the whole suite has too few."""
+    yield
+    import jax
+
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory):
     """A folder for prepared data, shared by the tests of one worker."""

@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).parent.parent / "maxtrain"
 RANK = {
     name: rank
     for rank, names in enumerate(
-        [["config"], ["parallel"], ["ops"], ["models", "data"], ["checkpoint"], ["training", "serving"], ["posttrain"]]
+        [["config"], ["parallel"], ["ops"], ["models", "data"], ["checkpoint"], ["training", "serving"], ["posttrain"], ["llm"]]
     )
     for name in names
 }

@@ -26,6 +26,7 @@ from maxtrain.config.section import (
     Section,
     freeze,
 )
+from maxtrain.config.serving import SamplingParams, Serve
 
 __all__ = [  # the sections, whichever file they are in
     "Checkpoint",
@@ -44,7 +45,9 @@ __all__ = [  # the sections, whichever file they are in
     "Rope",
     "RopeScaling",
     "Run",
+    "SamplingParams",
     "Schedule",
+    "Serve",
     "Slot",
     "Source",
     "Tokenizer",
@@ -307,6 +310,7 @@ class Config(Section):
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
     metrics: Metrics = Metrics()
+    serve: Serve = Serve()
 
     @model_validator(mode="after")
     def _check(self) -> Config:

@@ -5,6 +5,7 @@ Every tokenizer is saved as Hugging Face does (tokenizer.json and tokenizer_conf
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -16,7 +17,7 @@ from tokenizers import Tokenizer as Backend
 
 from maxtrain.config import schema
 from maxtrain.config.errors import Refused
-from maxtrain.data import sources
+from maxtrain.data import chat, sources
 from maxtrain.data.cache import build_once, key
 
 BOS, EOS = "<|bos|>", "<|eos|>"
@@ -50,6 +51,11 @@ class Tokenizer:
     eos_id: int
     fingerprint: str
 
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Tokens that end a text which a model writes."""
+        return frozenset({self.eos_id})
+
     def encode(self, text: str) -> np.ndarray:
         """Ids [num_tokens] int32 of `text`, without special tokens."""
         return self.encode_batch([text])[0]
@@ -58,9 +64,21 @@ class Tokenizer:
         """`encode` of each text."""
         raise NotImplementedError
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a text to go on from: with the special tokens that documents begin with, and no others."""
+        return [self.bos_id, *map(int, self.encode(text))]
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; special tokens have none, bytes that are not UTF-8 become U+FFFD."""
         raise NotImplementedError
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]], *, generate: bool = True) -> list[int]:
+        """Ids of a conversation by the model's chat template, with the beginning of an answer if `generate`.
+
+        Raises:
+            Refused: there is no template, or it does not accept the messages.
+        """
+        raise Refused("the model has no chat template: give it a prompt instead")
 
     def save(self, folder: str | Path) -> None:
         """Write the files that `load_saved` reads."""
@@ -111,6 +129,7 @@ class JsonTokenizer(Tokenizer):
             raise Refused(f"{path}: no end-of-document token is known; name it as eos_token in a tokenizer_config.json beside it")
         self.vocab_size, self.eos_id, self.bos_id = max(vocab.values()) + 1, vocab[self._eos], vocab[self._bos or self._eos]
         self.fingerprint = key(self._text, self._bos, self._eos)
+        self._config = _config(path.parent)
         self._beside = {name: (path.parent / name).read_bytes() for name in BESIDE if (path.parent / name).is_file()}
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -118,6 +137,38 @@ class JsonTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        try:
+            named = json.loads(self._beside.get("generation_config.json", b"{}")).get("eos_token_id")
+        except ValueError:
+            named = None
+        return frozenset(i for i in (named if isinstance(named, list) else [named]) if isinstance(i, int)) | {self.eos_id}
+
+    @functools.cached_property
+    def _with_special(self) -> Backend:
+        """The tokenizer for text in which special tokens are spelled out."""
+        backend = Backend.from_str(self._text)
+        backend.encode_special_tokens = False
+        backend.no_truncation()
+        backend.no_padding()
+        return backend
+
+    def encode_prompt(self, text: str) -> list[int]:
+        ids = self._backend.encode(text).ids  # with what the tokenizer's own post-processor adds
+        if len(ids) == len(self._backend.encode(text, add_special_tokens=False).ids) and self._config.get("add_bos_token"):
+            ids = [self.bos_id, *ids]
+        return list(ids)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]], *, generate: bool = True) -> list[int]:
+        template = self._beside.get("chat_template.jinja", b"").decode() or self._config.get("chat_template")
+        if isinstance(template, list):  # several by name
+            template = {item["name"]: item["template"] for item in template}.get("default")
+        if not template:
+            return super().encode_chat(messages, generate=generate)
+        text = chat.render(template, messages, generate=generate, bos_token=self._bos or "", eos_token=self._eos or "")
+        return list(self._with_special.encode(text, add_special_tokens=False).ids)
 
     def save(self, folder: str | Path) -> None:
         _save(folder, self._text, self._bos, self._eos)
@@ -197,7 +248,7 @@ def _save(folder: str | Path, text: str, bos: str | None, eos: str | None, **ext
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.json").write_text(text, "utf-8")
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos, **extra}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos, "add_bos_token": True, **extra}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
 
 

@@ -11,7 +11,8 @@ from flax import nnx
 from maxtrain.config import schema
 from maxtrain.models.layers import Norm, matmul
 from maxtrain.ops import rope
-from maxtrain.ops.attention import Cache, Context, Options, attend
+from maxtrain.ops.attention import Context, Options, attend
+from maxtrain.ops.paged_attention import Cache, cache_spec
 from maxtrain.parallel.sharding import param
 
 
@@ -66,7 +67,6 @@ class Attention(nnx.Module):
             return self._heads(x)
         return norm(self._heads(x)) if self.qk_norm == "head" else self._heads(norm(x))
 
-    def cache_spec(self, batch: int, capacity: int, dtype: jnp.dtype) -> Any:
-        """Shape and format of this layer's cache for `batch` sequences of up to `capacity` tokens."""
-        spec: Any = jax.ShapeDtypeStruct((batch, capacity, self.num_kv_heads, self.width), dtype)
-        return Cache(spec, spec)
+    def cache_spec(self, num_pages: int, page_size: int, dtype: jnp.dtype) -> Any:
+        """Shape and format of this layer's pool of pages."""
+        return cache_spec(num_pages, page_size, self.num_kv_heads, (self.width, self.width), dtype)

@@ -17,6 +17,7 @@ from maxtrain.models.attention import Attention
 from maxtrain.models.layers import Mlp, Norm
 from maxtrain.models.moe import MoeMlp
 from maxtrain.ops.attention import Context, softcapped
+from maxtrain.ops.linear import rows_product
 from maxtrain.ops.routing import Balance
 from maxtrain.parallel.sharding import constrain, param
 
@@ -79,7 +80,7 @@ class Block(nnx.Module):
         for layer, cache in zip(self.layers, caches or [None] * len(self.layers), strict=True):
             x, cache, extra = layer(x, context, cache)
             balance, new = balance + extra, [*new, cache]
-        return x, new, balance
+        return x, None if caches is None else new, balance
 
     def cache_spec(self, *args: Any) -> list[Any]:
         """The cache of each layer."""
@@ -96,6 +97,14 @@ class Output(NamedTuple):
 
 def _stacked(spec: jax.ShapeDtypeStruct, periods: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((periods, *spec.shape), spec.dtype)
+
+
+def _of_period(context: Context, caches: Any, period: jax.Array, periods: int) -> Context:
+    """The context of a scanned period, whose pages lie behind those of the periods before it."""
+    if context.pages is None:
+        return context
+    _, num_pages, page_size, _ = jax.tree.leaves(caches)[0].shape
+    return context._replace(pages=context.pages.shifted(period * (num_pages // periods), page_size))
 
 
 class Decoder(nnx.Module):
@@ -116,7 +125,7 @@ class Decoder(nnx.Module):
         self.head = None if cfg.tie_embeddings else param((cfg.vocab_size, cfg.embed), ("vocab", "embed"), std=std, dtype=dtype)
 
     def __call__(self, tokens: jax.Array, context: Context, caches: Any = None) -> Output:
-        """Hidden states for tokens int32 [batch, length]; with caches, attention reads and updates them."""
+        """Hidden states for tokens int32 [batch, length]; with caches (`cache_spec`), attention writes and reads their pages."""
         table = constrain(self.embedding.get_value().astype(self.compute), ("vocab", None))  # gathered before it is read
         x = constrain(table[tokens], ACTIVATION)
         if self.cfg.embedding_multiplier != 1.0:
@@ -125,11 +134,11 @@ class Decoder(nnx.Module):
         x, prefix, balance = self._run(self.prefix, x, context, prefix)
         if isinstance(self.body, Block):
 
-            def step(x: jax.Array, inputs: tuple[Block, Any]) -> tuple[jax.Array, Any]:
-                x, cache, extra = self._run(inputs[0], x, context, inputs[1])
-                return x, (cache, extra)
+            def step(carry: tuple[jax.Array, Any], inputs: tuple[Block, jax.Array]) -> tuple[tuple[jax.Array, Any], Any]:
+                x, caches, extra = self._run(inputs[0], carry[0], _of_period(context, carry[1], inputs[1], self.cfg.num_periods), carry[1])
+                return (x, caches), extra
 
-            x, (body, extras) = jax.lax.scan(step, x, (self.body, body))
+            (x, body), extras = jax.lax.scan(step, (x, body), (self.body, jnp.arange(self.cfg.num_periods)))
             balance += jax.tree.map(lambda per_block: per_block.sum(axis=0), extras)
         else:
             new = list[Any]()
@@ -153,13 +162,13 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits, float32 [batch, length, vocab], of hidden states [batch, length, embed]."""
-        return softcapped(jnp.einsum("ble,ve->blv", hidden, self.head_weights, preferred_element_type=jnp.float32), self.cfg.final_softcap)
+        return softcapped(rows_product(hidden, self.head_weights, jnp.float32), self.cfg.final_softcap)
 
-    def cache_spec(self, batch: int, capacity: int) -> Any:
-        """Abstract caches for `batch` sequences of up to `capacity` tokens."""
-        args = (batch, capacity, jnp.dtype(self.compute))
+    def cache_spec(self, num_pages: int, page_size: int) -> Any:
+        """Abstract pools of pages for the layers; all periods of a scanned body share one, in which each has its part."""
+        dtype = jnp.dtype(self.compute)
         if isinstance(self.body, Block):
-            body: Any = jax.tree.map(lambda s: _stacked(s, self.cfg.num_periods), self.body.cache_spec(*args))
+            body: Any = self.body.cache_spec(num_pages * self.cfg.num_periods, page_size, dtype)
         else:
-            body = [block.cache_spec(*args) for block in self.body]
-        return self.prefix.cache_spec(*args), body, self.remainder.cache_spec(*args)
+            body = [block.cache_spec(num_pages, page_size, dtype) for block in self.body]
+        return self.prefix.cache_spec(num_pages, page_size, dtype), body, self.remainder.cache_spec(num_pages, page_size, dtype)

@@ -1,8 +1,8 @@
 """Attention over keys and values, and the seam through which a cache enters it.
 
 Training passes no cache: keys and values are the sequence itself, queries go in blocks, and a block reads only the keys
-that its causal mask and window leave. Decoding passes a cache that is written at the positions of the new tokens and
-read whole. A query sees a key of its own segment that is not later than itself and not further back than the window.
+that its causal mask and window leave. Serving passes a cache in pages (`ops.paged_attention`). A query sees a key of its own
+segment that is not later than itself and not further back than the window.
 
 Keys may be wider than values (multi-head latent attention). A sink is a learned logit per head that takes part in the
 softmax and has no value (GPT-OSS): weights then sum to less than one.
@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 
 from maxtrain.ops.linear import settle
+from maxtrain.ops.paged_attention import MASKED, Cache, Pages, paged_attention
 from maxtrain.parallel.sharding import parts, per_shard
 
 MIN_BLOCK, MAX_BLOCKS = 64, 16  # blocks of queries: small enough to skip masked keys, few enough to compile fast
-MASKED = -1e30
 
 
 class Context(NamedTuple):
@@ -28,17 +28,12 @@ class Context(NamedTuple):
 
     positions: int32 [batch, length], counted from 0 in each document.
     segments: int32 [batch, length], the document each token belongs to; 0 is padding. A document's tokens are neighbours.
+    pages: in a serving step, whose tokens are rows [tokens, 1], where their keys and values lie; None in training.
     """
 
     positions: jax.Array
     segments: jax.Array
-
-
-class Cache(NamedTuple):
-    """Contiguous cache of one layer: keys and values [batch, capacity, kv_heads, width]; a token's slot is its position."""
-
-    keys: jax.Array
-    values: jax.Array
+    pages: Pages | None = None
 
 
 class Options(NamedTuple):
@@ -57,26 +52,17 @@ class Options(NamedTuple):
 def attend(
     q: jax.Array, k: jax.Array, v: jax.Array, cache: Cache | None, context: Context, options: Options, sinks: jax.Array | None = None
 ) -> tuple[jax.Array, Cache | None]:
-    """Attention of q [batch, length, heads, width] over k, v [batch, length, kv_heads, width] or over the cache they are written to.
+    """Attention of q [batch, length, heads, width] over k, v [batch, length, kv_heads, width], or over the cache they are written to.
 
     sinks: float [heads] or None. Returns: output [batch, length, heads, width of v] and the updated cache.
     """
     q = q * (q.shape[-1] ** -0.5 if options.scale is None else options.scale)
     if cache is None:
         return _split_attention(q, k, v, context.segments, sinks, options), None
-    write = jax.vmap(lambda buffer, new, at: jax.lax.dynamic_update_slice_in_dim(buffer, new.astype(buffer.dtype), at, axis=0))
-    start = context.positions[:, 0]
-    cache = Cache(write(cache.keys, k, start), write(cache.values, v, start))
-    distance = context.positions[:, :, None] - jnp.arange(cache.keys.shape[1])
-    visible = (distance >= 0) & (distance < (options.window or distance.shape[-1]))
-    rows, keys, values = (_fold(x, k.shape[2]) for x in (q, cache.keys, cache.values))
-    scores = _masked(softcapped(_product("nqd,nkd->nqk", rows, keys), options.softcap), visible)
-    if sinks is None:
-        weights = jax.nn.softmax(scores, axis=-1)
-    else:
-        sink = _sink_rows(sinks, k.shape[2], q.shape[0], q.shape[1])
-        weights = jax.nn.softmax(jnp.concatenate([scores, sink], axis=-1), axis=-1)[..., :-1]
-    return _unfold(_product("nqk,nkd->nqd", weights.astype(q.dtype), values).astype(q.dtype), q.shape), cache
+    assert context.pages is not None, "a cache is read by tokens that say where their pages are"
+    q, k, v = (x[:, 0] for x in (q, k, v))  # a token is a row of its own
+    y, cache = paged_attention(q, k, v, cache, context.positions[:, 0], context.pages, options.window, options.softcap, sinks)
+    return y[:, None], cache
 
 
 def _split_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, sinks: jax.Array | None, options: Options) -> jax.Array:

@@ -29,9 +29,10 @@ from maxtrain.config.errors import Refused
 from maxtrain.data.tokenizer import ByteTokenizer, Tokenizer, load_saved
 from maxtrain.models.families.family import function
 from maxtrain.ops.attention import Context
-from maxtrain.parallel.sharding import path_name, stacked_name
+from maxtrain.parallel.sharding import Layout, path_name, stacked_name
 from maxtrain.training import run as runs
 from maxtrain.training import state as states
+from maxtrain.training.program import make_program
 
 STDLIB = {"kind": "stdlib", "split": "heldout", "max_bytes": 200_000}
 
@@ -53,8 +54,8 @@ class Source(Protocol):
 class RunSource:
     """A run of MaxTrain, or one of its checkpoints."""
 
-    def __init__(self, path: str) -> None:
-        self.path, self.config = path, runs.read_config(path)
+    def __init__(self, path: str, overrides: Sequence[str] = ()) -> None:
+        self.path, self.config = path, runs.read_config(path, overrides)
         self.model = self.config.model
         self.folder = os.path.join(runs.locate(path)[0], "tokenizer")
         self.tokenizer = load_saved(self.folder) if os.path.isdir(self.folder) else None
@@ -62,7 +63,7 @@ class RunSource:
     def load(self, like: Any) -> Any:
         """Through the format it was saved in."""
         saved = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, self.config.precision.params, sharding=s.sharding), like)
-        model, _ = runs.restore_model(self.path, self.config, saved)
+        model, self.step = runs.restore_model(self.path, self.config, saved)
         return jax.tree.map(lambda array, spec: array.astype(spec.dtype), model, like)
 
     def save_tokenizer(self, folder: str) -> bool:
@@ -127,10 +128,10 @@ def foreign(path: str) -> Weights:
     return gguf.File(path)
 
 
-def open_source(path: str) -> Source:
-    """What is at a path; `Refused` if it is no trained model or one that is not supported."""
+def open_source(path: str, overrides: Sequence[str] = ()) -> Source:
+    """What is at a path, with its config changed by `overrides`; `Refused` if it is no trained model or one that is not supported."""
     path = os.path.expanduser(path)
-    return RunSource(path) if runs.is_run(path) else ForeignSource(foreign(path))
+    return RunSource(path, overrides) if runs.is_run(path) else ForeignSource(foreign(path), overrides)
 
 
 # ------------------------------------------------------------------------------------------------------------ using
@@ -144,6 +145,10 @@ class Pretrained:
     tokenizer: Tokenizer | None
     model: Any
     """The decoder, a pytree of its parameters."""
+    layout: Layout
+    """Where its arrays lie."""
+    step: int | None = None
+    """The checkpoint's, if it is one of MaxTrain's."""
 
     def __call__(self, tokens: Any) -> jax.Array:
         """Logits float32 [batch, length, vocab] of tokens int32 [batch, length]; each row is one document from its beginning.
@@ -169,7 +174,36 @@ def load_pretrained(path: str | os.PathLike[str]) -> Pretrained:
     """The model at a path, on the devices of this process; `Refused` if there is none."""
     source = open_source(os.fspath(path))
     program = runs.open_program(source.config)
-    return Pretrained(program.config, source.tokenizer, source.load(program.state.model))
+    return Pretrained(program.config, source.tokenizer, source.load(program.state.model), program.layout)
+
+
+def load_for_serving(path: str, overrides: Sequence[str] = (), serve: Mapping[str, Any] | None = None) -> Pretrained:
+    """The model at a path as an engine wants it: layers apart on CPU, weights in the format they are multiplied in.
+
+    Args:
+        path: as in `load_pretrained`.
+        overrides: `section.key=value` of the sections serve, mesh and precision.
+        serve: keys of the section serve.
+
+    Raises:
+        Refused: there is no model, or a key is unknown or has nothing to do with serving.
+    """
+    foreign_keys = [word for word in overrides if not word.startswith(("serve.", "mesh.", "precision."))]
+    if foreign_keys:
+        raise Refused(f"{foreign_keys[0]}: a trained model is served as it is; only serve, mesh and precision can be set")
+    source = open_source(path, overrides)
+    config, layers = source.config, source.config.model.model_copy(update={"layers": "auto"})
+    if serve:
+        try:
+            chosen = schema.Serve.model_validate(config.serve.model_dump() | dict(serve))
+        except ValidationError as error:
+            raise Refused("\n".join(f"serve.{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())) from None
+        config = config.model_copy(update={"serve": chosen})
+    described = runs.open_program(config.model_copy(update={"model": layers}))
+    precision = described.config.precision.model_copy(update={"params": described.config.precision.compute})
+    program = make_program(described.config.model_copy(update={"precision": precision}), described.layout)
+    model = source.load(program.state.model)
+    return Pretrained(program.config, source.tokenizer, model, program.layout, getattr(source, "step", None))
 
 
 # ------------------------------------------------------------------------------------------------------- converting

@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -126,12 +126,18 @@ def locate(path: str) -> tuple[str, int | None]:
     return path, None
 
 
-def read_config(path: str) -> schema.Config:
-    """The config of a run for one process, on whatever devices it has; `path` as in `locate`. `Refused` if no run is there."""
+def read_config(path: str, overrides: Sequence[str] = ()) -> schema.Config:
+    """The config of a run for one process, on whatever devices it has unless `overrides` say; `path` as in `locate`.
+
+    Raises:
+        Refused: no run is there, or the overrides do not fit.
+    """
     folder = locate(path)[0]
     if not os.path.isfile(os.path.join(folder, "config.yml")):
         raise Refused(f"{folder}: no run is here (config.yml is missing)")
-    return load(os.path.join(folder, "config.yml"), (f"run.dir={folder}", *ALONE)).config
+    set_anew = {word.partition("=")[0] for word in overrides}
+    alone = [word for word in ALONE if word.partition("=")[0] not in set_anew]
+    return load(os.path.join(folder, "config.yml"), (f"run.dir={folder}", *alone, *overrides)).config
 
 
 def restore_model(path: str, config: schema.Config, like: Any, report: Any = print) -> tuple[Any, int]:

@@ -1,6 +1,5 @@
 """A real pretrained model, SmolLM2-135M-Instruct out of a GGUF file, against the same dequantised weights in transformers."""
 
-import functools
 import glob
 import importlib.util
 import json
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 
 import maxtrain
+from maxtrain import LLM, SamplingParams
 from maxtrain.checkpoint import gguf
 
 pytestmark = pytest.mark.slow
@@ -79,6 +79,11 @@ def ours(path):
 
 
 @pytest.fixture(scope="module")
+def llm(path):
+    return LLM(path, max_length=512)
+
+
+@pytest.fixture(scope="module")
 def theirs(path):
     """transformers' Llama with the library's own dequantisation, and the permutation of q and k undone here independently."""
     torch = pytest.importorskip("torch")
@@ -130,36 +135,12 @@ def chats(imported):
     return [list(tokenizer.apply_chat_template(m, add_generation_prompt=True, return_dict=False)) for m in messages]
 
 
-@functools.cache
-def decoder():
-    """One token through the cache: a single program for all prompts."""
-    import jax
-    import jax.numpy as jnp
-
-    from maxtrain.ops.attention import Context
-
-    def step(model, caches, token, position):
-        positions = jnp.full((1, 1), position, jnp.int32)
-        output = model(jnp.full((1, 1), token, jnp.int32), Context(positions, jnp.ones_like(positions)), caches)
-        return jnp.argmax(model.logits(output.hidden)[0, 0]), output.caches
-
-    return jax.jit(step, donate_argnums=1)
+ANSWER = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS)
 
 
-def greedy(pretrained, prompt, tokens=NEW_TOKENS):
-    """Our greedy continuation up to the end token."""
-    import jax
-    import jax.numpy as jnp
-
-    caches = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), pretrained.model.cache_spec(1, 96))
-    ids = list(prompt)
-    for position in range(len(prompt) + tokens - 1):
-        likeliest, caches = decoder()(pretrained.model, caches, ids[position], position)
-        if position >= len(prompt) - 1:
-            ids.append(int(likeliest))
-            if ids[-1] == 2:
-                break
-    return ids[len(prompt) :]
+def greedy(llm, prompts):
+    """Our likeliest continuations, with the end token."""
+    return [output.token_ids for output in llm.generate(prompts, ANSWER)]
 
 
 def their_greedy(model, prompt, tokens=NEW_TOKENS):
@@ -189,12 +170,35 @@ def test_run_is_the_file(ours, imported):
     np.testing.assert_array_equal(maxtrain.load(imported[0])(ids), ours(ids))
 
 
-def test_chat_answers(ours, theirs, chats):
+def test_chat_answers(llm, theirs, chats):
     assert len(chats) == 20
-    assert ours.tokenizer.decode(chats[0]).startswith("system\nYou are a helpful AI assistant named SmolLM")
-    for question, prompt in zip(QUESTIONS, chats, strict=True):
-        assert len(prompt) + NEW_TOKENS <= 96
-        assert greedy(ours, prompt) == their_greedy(theirs, prompt), question
+    assert llm.tokenizer.decode(chats[0]).startswith("system\nYou are a helpful AI assistant named SmolLM")
+    answers = llm.chat([[{"role": "user", "content": question}] for question in QUESTIONS], ANSWER)
+    for question, prompt, answer in zip(QUESTIONS, chats, answers, strict=True):
+        assert answer.prompt_token_ids == prompt
+        assert answer.token_ids == their_greedy(theirs, prompt), question
+
+
+def test_prompts_of_mixed_lengths_in_any_order(llm, theirs):
+    """50 pieces of the standard library of 3 to 200 tokens, by themselves and shuffled, against transformers."""
+    rng, text = np.random.default_rng(0), pathlib.Path(LIBRARY, "shlex.py").read_text()
+    ids = llm.tokenizer.encode(text)
+    prompts = [ids[at : at + length].tolist() for at, length in zip(rng.integers(0, 2000, 50), rng.integers(3, 200, 50), strict=True)]
+    want = [their_greedy(theirs, prompt) for prompt in prompts]
+    assert greedy(llm, prompts) == want
+    order = rng.permutation(50)
+    assert greedy(llm, [prompts[i] for i in order]) == [want[i] for i in order]
+
+
+def test_scores_are_those_of_the_forward(llm, ours):
+    text = "def f(x):\n    return x + 1\n"
+    (score,) = llm.score(["import os\n"], [text])
+    ids = np.array(llm.tokenizer.encode("import os\n" + text), np.int32)
+    logits = np.asarray(ours(ids[None])[0], np.float64)
+    logprobs = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True)) - logits.max(-1, keepdims=True)
+    start = len(llm.tokenizer.encode("import os"))
+    want = [logprobs[place - 1, ids[place]] for place in range(start, len(ids))]
+    np.testing.assert_allclose(score.token_logprobs, want, atol=1e-4)
 
 
 def test_tokenizer_is_the_published_one(ours):
@@ -238,10 +242,10 @@ def test_fine_tuning_and_back(imported, chats, tmp_path):
     Trainer(load(None, keys).config, hooks=[Losses(losses)]).fit()
     assert losses[1] < losses[0]
     assert convert.main(["to-hf", str(folder), str(tmp_path / "hf")]) == 0
-    tuned = maxtrain.load(folder)
+    tuned = LLM(folder, max_length=512)
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="float32").eval()
     for prompt in chats[:3]:
-        assert greedy(tuned, prompt) == their_greedy(exported, prompt)
+        assert greedy(tuned, [prompt]) == [their_greedy(exported, prompt)]
     assert (tmp_path / "hf" / "chat_template.jinja").exists()
 
 

@@ -232,8 +232,8 @@ def test_render_shows_where_each_value_was_set(write):
     assert lines["name"].split() == ["name:", "x", "#", "command", "line"]
     assert lines["steps"].split() == ["steps:", "5", "#", "run.yml:2"]
     assert lines["decay"].split() == ["decay:", "[norm,", "bias]", "#", "run.yml:4"]
-    assert lines["seed"].split() == ["seed:", "0", "#", "default"]
-    assert len({lines[name].index("  # ") for name in ("name", "steps", "seed")}) == 1
+    assert lines["microbatches"].split() == ["microbatches:", "1", "#", "default"]
+    assert len({lines[name].index("  # ") for name in ("name", "steps", "microbatches")}) == 1
     write(rendered=render(loaded))
     assert load("rendered.yml").config == loaded.config
 

@@ -11,6 +11,7 @@ from maxtrain.config import schema
 from maxtrain.models.decoder import Decoder
 from maxtrain.ops import rope
 from maxtrain.ops.attention import Context
+from maxtrain.ops.paged_attention import Pages
 from maxtrain.parallel.sharding import initialise, parameter_table
 
 F32, REMAT = schema.Precision(compute="float32"), schema.Remat()
@@ -171,14 +172,18 @@ def test_cache_gives_the_full_forward(name, layers):
     positions = np.tile(np.arange(40, dtype=np.int32), (2, 1))
     ones = np.ones_like(positions)
     want = logits(model, tokens, Context(positions, ones))
-    caches = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), model.cache_spec(2, 40))
+    caches = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), model.cache_spec(12, 8))
+    tables, none = jnp.array([[3, 1, 4, 11, 5], [9, 2, 6, 8, 7]]), jnp.zeros((0, 5), jnp.int32)
     run = jax.jit(lambda m, t, c, k: m(t, c, k))
     got = []
     for start, stop in ((0, 25), *((i, i + 1) for i in range(25, 40))):
-        part = slice(start, stop)
-        output = run(model, tokens[:, part], Context(positions[:, part], ones[:, part]), caches)
+        at = positions[:, start:stop]
+        slots = (jnp.take_along_axis(tables, at // 8, axis=1) * 8 + at % 8).reshape(-1)
+        pages = Pages(slots, none, tables) if start == 0 else Pages(slots, tables, none)
+        rows = (x[:, start:stop].reshape(-1, 1) for x in (tokens, positions, ones))
+        output = run(model, next(rows), Context(*rows, pages), caches)
         caches = output.caches
-        got.append(model.logits(output.hidden))
+        got.append(model.logits(output.hidden).reshape(2, stop - start, -1))
     np.testing.assert_allclose(np.concatenate(got, 1), want, rtol=0, atol=5e-6)
 
 

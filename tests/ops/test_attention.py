@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maxtrain.ops.attention import Cache, Context, Options, attend, causal_attention
+from maxtrain.ops.attention import Context, Options, attend, causal_attention
+from maxtrain.ops.paged_attention import Cache, Pages
 
 
 def whole(q, k, v, segments, sinks, options):
@@ -55,11 +56,15 @@ def test_cache_gives_what_the_sequence_gives(options, sink):
     sinks = jnp.asarray(rng.normal(size=4), jnp.float32) if sink else None
     positions = jnp.tile(jnp.arange(14), (2, 1))
     want, _ = attend(q, k, v, None, Context(positions, jnp.ones_like(positions)), options, sinks)
-    cache, got = Cache(jnp.zeros((2, 14, 2, 8)), jnp.zeros((2, 14, 2, 6))), []
+    cache, got = Cache(jnp.zeros((2, 10, 4, 8)), jnp.zeros((2, 10, 4, 6))), []
+    tables = jnp.array([[7, 1, 4, 9], [2, 8, 3, 5]])
     for part in (slice(0, 9), *(slice(at, at + 1) for at in range(9, 14))):
-        context = Context(positions[:, part], jnp.ones_like(positions[:, part]))
-        y, cache = attend(q[:, part], k[:, part], v[:, part], cache, context, options, sinks)
-        got.append(y)
+        at = positions[:, part]
+        slots = (jnp.take_along_axis(tables, at // 4, axis=1) * 4 + at % 4).reshape(-1)
+        rows, blocks = (tables[:0], tables) if at.shape[1] > 1 else (tables, tables[:0])
+        context = Context(at.reshape(-1, 1), jnp.ones((at.size, 1)), Pages(slots, rows, blocks))
+        y, cache = attend(*(x[:, part].reshape(-1, 1, *x.shape[2:]) for x in (q, k, v)), cache, context, options, sinks)
+        got.append(y.reshape(2, -1, 4, 6))
     np.testing.assert_allclose(jnp.concatenate(got, axis=1), want, rtol=1e-5, atol=1e-5)
 
 

@@ -1,0 +1,435 @@
+"""The engine: requests in, tokens out, a step at a time, on the weights it was handed last.
+
+The host plans with integers (`scheduler`), the device runs one of a few programs compiled beforehand (`programs`, `step`). A
+step is started before the one before it is read. One thread drives an engine; `api` shares it between several.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+
+from maxtrain.config import schema
+from maxtrain.config.errors import Refused
+from maxtrain.config.serving import SamplingParams
+from maxtrain.data.tokenizer import Tokenizer
+from maxtrain.parallel.sharding import Layout
+from maxtrain.serving.pages import PagePool, root_hash
+from maxtrain.serving.programs import Programs
+from maxtrain.serving.sampling import PROMPT, STOP, Rows
+from maxtrain.serving.scheduler import Chunk, Limits, Request, Scheduler
+from maxtrain.serving.step import Inputs
+from maxtrain.serving.text import TextStream
+
+NGRAMS = (4, 3, 2)  # tokens at the end of a request that are looked up in it, to guess what follows
+
+
+@dataclass
+class Progress:
+    """What the engine knows of a request beside its tokens."""
+
+    seed: int
+    ends: frozenset[int]
+    """Tokens that end the output."""
+    banned: Sequence[tuple[int, ...]] = ()
+    """Tokens that are not generated in this order."""
+    targets: Sequence[int] = ()
+    """The prompt, and perhaps a token after it, whose log-probabilities may be asked for."""
+    score_from: int | None = None
+    """The first of `targets` whose log-probability is asked for, if any is."""
+    stream: TextStream | None = None
+    logprobs: list[tuple[float, dict[int, float]]] = field(default_factory=list)
+    """Of each new token: its log-probability, and those of the likeliest tokens if they are asked for."""
+    scored: dict[int, tuple[float, bool, dict[int, float]]] = field(default_factory=dict)
+    """By place in the prompt: log-probability of the token there, whether it is the likeliest one, and the likeliest."""
+    added: float = field(default_factory=time.perf_counter)
+    times: list[float] = field(default_factory=list)
+    """When each new token was read, as `added` by `time.perf_counter`."""
+    stop: str | int | None = None
+    """The text or token that ended the output."""
+    marks: Any = None
+    """What the device's rows of the slot were made for."""
+
+
+@dataclass
+class Stats:
+    """Sums over the steps since the engine was made."""
+
+    steps: int = 0
+    rows: int = 0
+    """Tokens computed in rows, guessed ones included."""
+    prefilled: int = 0
+    """Tokens computed in blocks."""
+    generated: int = 0
+    guessed: int = 0
+    accepted: int = 0
+    """Of the guessed tokens."""
+    relayouts: int = 0
+    """Copies of the weights in another layout."""
+    waste: float = 0.0
+    """Of `Scheduler.waste`."""
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A step under way: its chunks, where the outputs of each begin, and the arrays to come."""
+
+    chunks: Sequence[Chunk]
+    places: Sequence[int]
+    num_rows: int
+    outputs: Any
+
+
+class Engine:
+    """Continuous batching on a decoder.
+
+    Args:
+        model: the decoder with its arrays.
+        config: the resolved config it was built from.
+        layout: the mesh the arrays lie on.
+        tokenizer: for end tokens, stop texts and bad words; None serves ids alone.
+
+    Raises:
+        Refused: `serve` contradicts the model, or the cache does not fit.
+    """
+
+    def __init__(self, model: Any, config: schema.Config, layout: Layout, tokenizer: Tokenizer | None = None) -> None:
+        self.serve, self.tokenizer, self.vocab_size = config.serve, tokenizer, config.model.vocab_size
+        self.valid = min(self.vocab_size, self.vocab_size if tokenizer is None else tokenizer.vocab_size)
+        self.programs = Programs(config, layout, self.valid)
+        self.max_length, self.version, self.stats = self.programs.max_length, 0, Stats()
+        self.scheduler = Scheduler(
+            PagePool(self.programs.num_pages, self.serve.page_size),
+            Limits(self.programs.max_rows, self.serve.num_blocks, self.serve.block, self.serve.max_requests),
+            prefix_cache=self.serve.prefix_cache,
+            exact=self.serve.deterministic,
+            window=_common_window(config.model),
+            draft=self._guess if self.serve.speculate else None,
+        )
+        self._ids, self._arrivals = itertools.count(), itertools.count()
+        self._seeds, self._flights = np.random.default_rng(self.serve.seed), deque[Flight]()
+        self.model = self._lay_out(model)
+        self.programs.compile(self.model)
+        self.state = self.programs.state()
+
+    def _lay_out(self, model: Any) -> Any:
+        self.stats.relayouts += self.programs.on_one_cpu
+        return self.programs.lay_out(model)
+
+    def load(self, model: Any, version: int | None = None) -> None:
+        """Go on with other weights. Running requests compute their tokens again; nothing that the cache holds is found again.
+
+        Args:
+            model: a decoder of the same shapes; its arrays are not copied, but on one CPU, where they are laid out anew.
+            version: of the weights; the next number if None.
+        """
+        while self._flights:
+            self._read()
+        self.model = self._lay_out(model)
+        self.version = self.version + 1 if version is None else version
+        self.scheduler.pool.forget_all()
+        for request in list(self.scheduler.running):
+            self.scheduler.preempt(request)
+        for request in self.scheduler.waiting:
+            request.root, request.names = root_hash(self.version), []
+
+    # ---------------------------------------------------------------------------------------------- requests
+
+    def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
+        """Raises `Refused` for a prompt that is empty, too long or out of the vocabulary, and for parameters that cannot be followed."""
+        if not len(prompt):
+            raise Refused("the prompt is empty: there is no token to go on from")
+        wrong = [token for token in prompt if not 0 <= token < self.vocab_size]
+        if wrong:
+            raise Refused(f"the prompt holds the token {wrong[0]}; the vocabulary ends at {self.vocab_size - 1}")
+        if len(prompt) + (params.max_tokens or 1) > self.max_length:
+            new = "one new token" if params.max_tokens is None else f"max_tokens={params.max_tokens}"
+            raise Refused(f"a prompt of {len(prompt)} tokens and {new} exceed the context of {self.max_length} tokens")
+        for name in ("logit_bias", "allowed_token_ids", "stop_token_ids"):
+            wrong = [token for token in getattr(params, name) or () if not (isinstance(token, int) and 0 <= token < self.valid)]
+            if wrong:
+                raise Refused(f"{name} names the token {wrong[0]!r}; the vocabulary ends at {self.valid - 1}")
+        if params.allowed_token_ids and params.min_tokens and self._ends(params) >= set(params.allowed_token_ids):
+            raise Refused(f"all allowed_token_ids end the output, which min_tokens={params.min_tokens} rules out at first")
+        if self.tokenizer is None and (params.stop or params.bad_words):
+            raise Refused("stop and bad_words are texts, but the model has no tokenizer: use stop_token_ids")
+
+    def _ends(self, params: SamplingParams) -> frozenset[int]:
+        own = frozenset() if self.tokenizer is None or params.ignore_eos else self.tokenizer.end_ids
+        return own | frozenset(params.stop_token_ids)
+
+    def add(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        id: str | None = None,
+        targets: Sequence[int] | None = None,
+        score_from: int | None = None,
+    ) -> Request:
+        """Queue one sample of a prompt.
+
+        Args:
+            prompt: token ids.
+            params: what is asked for; several samples (`n`) are several requests.
+            priority: lower goes first.
+            id: its name; a number if None.
+            targets: the prompt, with one token more if that is to be scored too; the prompt if None.
+            score_from: the first of `targets` whose log-probability is wanted, beside those that `params` ask for.
+
+        Raises:
+            Refused: see `check`.
+        """
+        self.check(prompt, params)
+        if params.prompt_logprobs is not None:
+            score_from = 1
+        spelled = [prefix + word for word in params.bad_words for prefix in ("", " ")]
+        banned = {tuple(map(int, ids)) for ids in self.tokenizer.encode_batch(spelled)} if self.tokenizer and spelled else set()
+        progress = Progress(
+            seed=int(self._seeds.integers(2**32)) if params.seed is None else params.seed,
+            ends=self._ends(params),
+            banned=sorted(banned),
+            targets=tuple(map(int, prompt if targets is None else targets)),
+            score_from=score_from,
+            stream=TextStream(self.tokenizer, params.stop, params.include_stop) if self.tokenizer else None,
+        )
+        request = Request(
+            id=str(next(self._ids)) if id is None else id,
+            prompt=tuple(map(int, prompt)),
+            params=params,
+            max_tokens=params.max_tokens or self.max_length - len(prompt),
+            root=root_hash(self.version),
+            priority=priority,
+            arrival=next(self._arrivals),
+            reuse=None if score_from is None else score_from - 1,
+            scored=score_from is not None,
+            synchronous=any(len(word) > 1 for word in banned) or (self.serve.speculate > 0 and not _is_marked(params)),
+            data=progress,
+        )
+        self.scheduler.add(request)
+        return request
+
+    def abort(self, request: Request) -> None:
+        """End a request now, if it has not ended; its pages are free at once."""
+        if request.finish_reason is None:
+            self._finish(request, "abort")
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self._flights or self.scheduler.running or self.scheduler.waiting)
+
+    # -------------------------------------------------------------------------------------------- a step out
+
+    def step(self) -> list[Request]:
+        """Start the next step and read the one before; returns the requests of which something new is known."""
+        plan = self.scheduler.schedule()
+        if plan:
+            self._start(plan)
+        if self._flights and (not plan or not self.serve.overlap or len(self._flights) > 1):
+            return self._read()
+        return []
+
+    def _start(self, plan: Sequence[Chunk]) -> None:
+        size = self.serve.block
+        rows = sum(1 + len(chunk.drafts) for chunk in plan if chunk.in_rows)
+        blocks = sum(-(-chunk.count // size) for chunk in plan if not chunk.in_rows)
+        shape = self.programs.shape(rows, blocks)
+        inputs, places, row, block = self.programs.inputs(shape), [], 0, 0
+        for chunk in plan:
+            self._mark(chunk.request)
+            if chunk.in_rows:
+                places.append(row)
+                row = self._fill_rows(inputs, chunk, row)
+            else:
+                block = self._fill_blocks(inputs, chunk, block, shape.num_rows)
+                places.append(block - -(-chunk.count // size))
+        self.state, outputs = self.programs.step(shape, self.model, self.state, inputs)
+        self._flights.append(Flight(plan, places, shape.num_rows, outputs))
+        self.stats.steps += 1
+        self.stats.rows += rows
+        self.stats.prefilled += sum(chunk.count for chunk in plan if not chunk.in_rows)
+        self.stats.waste += self.scheduler.waste()
+
+    def _fill_rows(self, inputs: Inputs, chunk: Chunk, row: int) -> int:
+        """The next token of a request and its drafts; returns the next free row."""
+        request, page_size = chunk.request, self.serve.page_size
+        known = request.tokens[chunk.start] if chunk.start < len(request.tokens) else -1
+        for offset, token in enumerate((known, *chunk.drafts)):
+            position = chunk.start + offset
+            inputs.tokens[row], inputs.positions[row] = token, position
+            inputs.slots[row] = request.pages[position // page_size] * page_size + position % page_size
+            inputs.row_tables[row, : len(request.pages)] = request.pages
+            self._ask(inputs, row, request, position)
+            row += 1
+        return row
+
+    def _fill_blocks(self, inputs: Inputs, chunk: Chunk, block: int, num_rows: int) -> int:
+        """A run of known tokens; returns the next free block."""
+        request, progress, size, page_size = chunk.request, chunk.request.data, self.serve.block, self.serve.page_size
+        pages, stop = np.asarray(request.pages, np.int32), chunk.start + chunk.count
+        for start in range(chunk.start, stop, size):
+            positions = np.arange(start, min(start + size, stop))
+            place = num_rows + block * size
+            here = slice(place, place + len(positions))
+            inputs.tokens[here] = request.tokens[start : start + len(positions)]
+            inputs.positions[here] = positions
+            inputs.slots[here] = pages[positions // page_size] * page_size + positions % page_size
+            inputs.block_tables[block, : len(pages)] = pages
+            if progress.score_from is not None:
+                first, last = max(start + 1, progress.score_from), min(positions[-1] + 2, len(progress.targets))
+                if first < last:
+                    at = block * size - start - 1
+                    inputs.targets[at + first : at + last] = progress.targets[first:last]
+                    inputs.prompt_tops[...] |= bool(request.params.prompt_logprobs)
+            inputs.ends[block] = len(positions) - 1
+            block += 1
+        if chunk.samples:
+            self._ask(inputs, num_rows + block - 1, request, stop - 1)
+        return block
+
+    def _ask(self, inputs: Inputs, output: int, request: Request, position: int) -> None:
+        """What the token after `position` is to be drawn with."""
+        params, progress, index = request.params, request.data, position + 1 - len(request.prompt)
+        inputs.owners[output], inputs.sampled[output] = request.slot, True
+        asked = Rows(
+            params.temperature,
+            params.top_k,
+            params.top_p,
+            params.min_p,
+            params.repetition_penalty,
+            params.presence_penalty,
+            params.frequency_penalty,
+            progress.seed,
+            index,
+            index < params.min_tokens,
+            _is_marked(params),
+            bool(params.logprobs),
+        )
+        for array, value in zip(inputs.rows, asked, strict=True):
+            array[output] = value
+
+    def _mark(self, request: Request) -> None:
+        """Give the device the rows of a slot whose logits depend on earlier tokens or a bias, if it does not have them."""
+        params, progress = request.params, request.data
+        if not _is_marked(params) or request.slot is None:
+            return
+        banned = {word[-1] for word in progress.banned if len(word) == 1 or tuple(request.tokens[1 - len(word) :]) == word[:-1]}
+        marks = (request.slot, request.preemptions, banned)
+        if marks == progress.marks:
+            return
+        progress.marks = marks
+        counts = np.bincount(request.tokens[len(request.prompt) :], minlength=self.vocab_size).astype(np.int32)
+        counts[list(set(request.prompt))] |= PROMPT
+        counts[list(progress.ends)] |= STOP
+        bias = np.zeros(self.vocab_size, np.float32)
+        if params.allowed_token_ids is not None:
+            bias[:] = -np.inf
+            bias[list(params.allowed_token_ids)] = 0
+        for token, value in (params.logit_bias or {}).items():
+            bias[token] += value
+        bias[list(banned)] = -np.inf
+        self.state = self.programs.mark(self.state, request.slot, counts, bias)
+
+    def _guess(self, request: Request) -> Sequence[int]:
+        """What followed the last time the request's last few tokens stood in it."""
+        tokens = np.asarray(request.tokens, np.int32).tobytes()
+        for length in NGRAMS:
+            tail = tokens[-4 * length :]
+            at = tokens.rfind(tail, 0, len(tokens) - 4)
+            while at > 0 and at % 4:  # bytes of two tokens
+                at = tokens.rfind(tail, 0, at + len(tail) - 1)
+            if at >= 0 and at % 4 == 0 and len(request.tokens) > length:
+                start = at // 4 + length
+                return request.tokens[start : start + self.serve.speculate]
+        return ()
+
+    # --------------------------------------------------------------------------------------------- a step in
+
+    def _read(self) -> list[Request]:
+        """Wait for the oldest step under way and take its tokens."""
+        flight = self._flights.popleft()
+        drawn, scored = jax.device_get(flight.outputs)
+        now, news = time.perf_counter(), []
+        for chunk, place in zip(flight.chunks, flight.places, strict=True):
+            request = chunk.request
+            request.pending -= chunk.samples
+            if request.finish_reason is not None:
+                continue
+            if not chunk.in_rows and request.data.score_from is not None:
+                self._take_scores(chunk, place, scored)
+            if chunk.samples:
+                output = place if chunk.in_rows else flight.num_rows + place + (chunk.count - 1) // self.serve.block
+                self._take_tokens(chunk, output, drawn, now)
+                news.append(request)
+        return news
+
+    def _take_scores(self, chunk: Chunk, block: int, scored: Any) -> None:
+        request, progress = chunk.request, chunk.request.data
+        tops = request.params.prompt_logprobs or 0
+        for place in range(max(chunk.start + 1, progress.score_from), min(chunk.start + chunk.count + 1, len(progress.targets))):
+            at = block * self.serve.block + place - 1 - chunk.start
+            likeliest = dict(zip(scored.top_ids[at, :tops].tolist(), scored.top_logprobs[at, :tops].tolist(), strict=True))
+            progress.scored[place] = float(scored.logprob[at]), bool(scored.greedy[at]), likeliest
+
+    def _take_tokens(self, chunk: Chunk, output: int, drawn: Any, now: float) -> None:
+        """The token of a chunk, and those after its drafts as long as these are what was drawn."""
+        request, progress, tops = chunk.request, chunk.request.data, chunk.request.params.logprobs or 0
+        self.stats.guessed += len(chunk.drafts)
+        for offset in range(1 + len(chunk.drafts)):
+            token = int(drawn.token[output + offset])
+            request.tokens.append(token)
+            likeliest = dict(
+                zip(drawn.top_ids[output + offset, :tops].tolist(), drawn.top_logprobs[output + offset, :tops].tolist(), strict=True)
+            )
+            progress.logprobs.append((float(drawn.logprob[output + offset]), likeliest))
+            progress.times.append(now)
+            self.stats.generated += 1
+            self._look_for_end(request, token)
+            if request.finish_reason is not None or offset == len(chunk.drafts) or chunk.drafts[offset] != token:
+                return
+            self.stats.accepted += 1
+            if request.slot is not None:
+                request.computed += 1
+
+    def _look_for_end(self, request: Request, token: int) -> None:
+        progress, count = request.data, len(request.tokens) - len(request.prompt)
+        may_stop = count >= request.params.min_tokens
+        if token in progress.ends and may_stop:
+            progress.stop = token
+            self._finish(request, "stop")
+            return
+        if progress.stream is not None:
+            progress.stream.push(token, may_stop)
+            if progress.stream.stop is not None:
+                progress.stop = progress.stream.stop
+                self._finish(request, "stop")
+                return
+        if count >= request.max_tokens:
+            self._finish(request, "length")
+
+    def _finish(self, request: Request, reason: str) -> None:
+        request.finish_reason = reason
+        if request.data.stream is not None:
+            request.data.stream.finish()
+        self.scheduler.remove(request)
+
+
+def _is_marked(params: SamplingParams) -> bool:
+    """Whether the device needs the rows of a slot: counts of tokens, or a bias."""
+    penalised = params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
+    return bool(penalised or params.logit_bias or params.allowed_token_ids is not None or params.bad_words or params.min_tokens)
+
+
+def _common_window(model: schema.Model) -> int | None:
+    """How far back any layer looks; None if one sees everything."""
+    windows = [model.slots[kind].window for kind in (*model.prefix, *model.layer_pattern, *model.remainder)]
+    return None if None in windows else max(window for window in windows if window is not None)

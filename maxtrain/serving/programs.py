@@ -1,0 +1,144 @@
+"""What the engine runs: the model as it is served, the size of its cache, and the programs compiled for a few shapes of a step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maxtrain.config import schema
+from maxtrain.config.errors import Refused
+from maxtrain.models.decoder import Decoder
+from maxtrain.ops.linear import Transposed
+from maxtrain.parallel import sharding
+from maxtrain.parallel.sharding import Layout, is_param, param_axes
+from maxtrain.serving.step import Inputs, Shape, State, describe, make_step, mark
+
+CPU_MEMORY = 2 << 30  # bytes of the cache on CPU, unless told otherwise
+
+
+class Programs:
+    """The programs of a resolved config on a layout; `valid` ids mean a token.
+
+    Raises:
+        Refused: `serve` contradicts the model, or the cache does not fit.
+    """
+
+    def __init__(self, config: schema.Config, layout: Layout, valid: int) -> None:
+        self.config, self.serve, self.valid = config.model, config.serve, valid
+        # tokens of a step are rows of length 1, not sequences that could be split
+        self.layout = Layout(layout.mesh, {**layout.rules, "length": (), "residual": ()})
+        self.max_length = self.serve.max_length or self.config.max_length
+        if self.max_length > self.config.max_length:
+            raise Refused(f"serve.max_length={self.max_length} is longer than model.max_length={self.config.max_length}")
+        model = self.config
+        if model.moe is not None:  # capacity is a matter of sequences, and a request is never to lose a token to another
+            model = model.model_copy(update={"moe": model.moe.model_copy(update={"dispatch": "dropless"})})
+        self._model = Decoder(model, config.precision, schema.Remat(policy="none"))
+        devices = layout.mesh.devices
+        self.on_one_cpu = devices.size == 1 and devices.flat[0].platform == "cpu"
+        self.max_rows = self._shared(self.serve.max_requests)
+        self.num_pages = self._num_pages()
+        self.spec: State = describe(self._model, self.num_pages, self.serve.page_size, self.serve.max_requests, self.layout)
+        self.shapes = sorted(self._shapes(), key=lambda shape: shape.num_tokens)
+        self._steps: dict[Shape, Any] = {}
+        self._mark: Any = None
+
+    def _shared(self, rows: int) -> int:
+        """A number of rows that the devices of a batch share evenly."""
+        parts = self.layout.parts("batch")
+        return -(-rows // parts) * parts
+
+    def _num_pages(self) -> int:
+        """How many pages the memory holds, the one for nobody included."""
+        size = self.serve.page_size
+        pools = jax.tree.leaves(describe(self._model, 1, size, 1, self.layout).caches)
+        page = sum(math.prod(spec.sharding.shard_shape(spec.shape)) * spec.dtype.itemsize for spec in pools)
+        needed = -(-self.max_length // size)
+        if self.serve.memory_gib is not None:
+            memory = int(self.serve.memory_gib * (1 << 30))
+        else:
+            stats = self.layout.mesh.devices.flat[0].memory_stats() or {}
+            free = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
+            memory = max(free // 2 or CPU_MEMORY, (needed + 1) * page)
+        pages = min(memory // page, self.serve.max_requests * needed + 1)
+        if pages <= needed:
+            raise Refused(
+                f"serve.memory_gib={self.serve.memory_gib} holds {max(0, pages - 1) * size} tokens, but one request of serve.max_length="
+                f"{self.max_length} takes {(needed + 1) * page / (1 << 30):.3g} GiB: raise the one or lower the other"
+            )
+        return pages
+
+    def _shapes(self) -> Iterable[Shape]:
+        """Few and many rows without blocks, many rows with some and with all blocks; one shape for everything if `deterministic`."""
+        most, blocks = self.max_rows, self.serve.num_blocks
+        sizes = {(most, blocks)}
+        if not self.serve.deterministic:
+            few = {self._shared(max(1, most // part)) for part in (1, 4, most)} | {min(most, self._shared(1 + self.serve.speculate))}
+            sizes |= {(rows, 0) for rows in few} | {(most, max(1, blocks // 4))}
+        width = -(-self.max_length // self.serve.page_size)
+        return (Shape(rows, blocks, self.serve.block, width) for rows, blocks in sizes)
+
+    def compile(self, model: Any) -> None:
+        """Compile everything ahead of time, for a model as `lay_out` returns it."""
+        model = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), model)
+
+        def abstract(tree: Any) -> Any:
+            return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=self.layout.sharding()), tree)
+
+        kept, vocab = jax.tree.map(lambda s: s.sharding, self.spec), self.config.vocab_size
+        with sharding.use(self.layout):
+            step = jax.jit(make_step(self.valid), donate_argnums=1, out_shardings=(kept, self.layout.sharding()))
+            lowered = [step.lower(model, self.spec, abstract(self.inputs(shape))) for shape in self.shapes]
+            rows = (np.int32(0), np.zeros(vocab, np.int32), np.zeros(vocab, np.float32))
+            lowered.append(jax.jit(mark, donate_argnums=0, out_shardings=kept).lower(self.spec, *abstract(rows)))
+        with ThreadPoolExecutor(2) as pool:
+            *steps, self._mark = pool.map(lambda program: program.compile(), lowered)
+        self._steps = dict(zip(self.shapes, steps, strict=True))
+
+    def inputs(self, shape: Shape) -> Inputs:
+        """Inputs of a step in which nothing happens, to be filled."""
+        return Inputs.empty(shape, self.serve.max_requests)
+
+    def shape(self, rows: int, blocks: int) -> Shape:
+        """The smallest one with places for so many rows and blocks."""
+        return next(shape for shape in self.shapes if shape.num_rows >= rows and shape.num_blocks >= blocks)
+
+    def state(self) -> State:
+        """The state before the first step."""
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, device=s.sharding), self.spec)
+
+    def step(self, shape: Shape, model: Any, state: State, inputs: Inputs) -> tuple[State, Any]:
+        """Start a step; its outputs are arrays to come."""
+        return self._steps[shape](model, state, inputs)
+
+    def mark(self, state: State, slot: int, counts: np.ndarray, bias: np.ndarray) -> State:
+        """See `step.mark`."""
+        return self._mark(state, np.int32(slot), counts, bias)
+
+    def lay_out(self, model: Any) -> Any:
+        """The model as it is served: on one CPU with its matrices as `Transposed`, a copy, elsewhere the same arrays."""
+        leaves, tree = jax.tree.leaves(model), jax.tree.structure(self._model)
+        want = [x.shape for x in jax.tree.leaves(self._model)]
+        assert [x.shape for x in leaves] == want, "another model than the one the programs are for"
+        model = jax.tree.unflatten(tree, leaves)
+        if not self.on_one_cpu:
+            return model
+
+        def one(leaf: Any) -> Any:
+            value, axes = leaf.get_value(), param_axes(leaf)
+            return (
+                leaf.replace(Transposed(_transposed(value))) if value.ndim == 2 and not {"vocab", "expert", "layers"} & set(axes) else leaf
+            )
+
+        return jax.tree.map(one, model, is_leaf=is_param)
+
+
+@jax.jit
+def _transposed(x: jax.Array) -> jax.Array:
+    return x.T

@@ -1,0 +1,86 @@
+"""Engines of tiny models, and switches that need no compilation."""
+
+import contextlib
+
+import jax
+import numpy as np
+
+from maxtrain.config import schema
+from maxtrain.models.decoder import Decoder
+from maxtrain.ops.attention import Context
+from maxtrain.parallel import mesh, sharding
+from maxtrain.parallel.sharding import Layout, initialise, shardings
+from maxtrain.serving.engine import Engine
+
+SIZES = {"vocab_size": 61, "embed": 32, "mlp": 48, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "max_length": 96, "init_scale": 3.0}
+SERVE = {"max_requests": 6, "block": 8, "num_blocks": 4, "page_size": 4}
+
+
+def build(serve=None, devices=1, axes=None, layers="unroll", **model):
+    """An engine on random weights, and its model."""
+    config = schema.Config.model_validate(
+        {
+            "model": SIZES | {"layers": layers} | model,
+            "precision": {"compute": "float32"},
+            "mesh": {"fsdp": 1} | (axes or {}),
+            "data": {"batch_size": 8, "length": 32, "tokenizer": {"kind": "huggingface", "path": "none"}},
+            "serve": SERVE | (serve or {}),
+        }
+    )
+    layout = Layout(mesh.make_mesh(config.mesh, jax.devices()[:devices]), config.mesh.rules)
+    described = Decoder(config.model, config.precision, schema.Remat(policy="none"))
+    placed = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), described, shardings(described, layout))
+    model = initialise(placed, 5)
+    with sharding.use(layout):
+        return Engine(model, config, layout), model
+
+
+def logits(model, tokens):
+    """Of the training forward: float64 [length, vocab]."""
+    tokens = np.asarray(tokens, np.int32)[None]
+    forward = _forward(tokens.shape[1])
+    return np.asarray(forward(model, tokens), np.float64)[0]
+
+
+def _forward(length):
+    def run(model, tokens):
+        at = np.arange(length, dtype=np.int32)[None]
+        return model.logits(model(tokens, Context(at, np.ones_like(at))).hidden)
+
+    return jax.jit(run)
+
+
+def padded_logits(model, tokens, length=96):
+    """`logits` by one program for all lengths: what follows a token does not matter to it."""
+    return logits(model, [*tokens, *[0] * (length - len(tokens))])[: len(tokens)]
+
+
+def log_softmax(x):
+    x = x - x.max(axis=-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+
+def run(engine, *requests):
+    """Until all is done; the outputs."""
+    while engine.busy:
+        engine.step()
+        engine.scheduler.check()
+    return [request.tokens[len(request.prompt) :] for request in requests]
+
+
+@contextlib.contextmanager
+def switched(engine, *, starved=False, chunked=False, overlap=True, prefix_cache=True, speculate=0):
+    """The engine with other settings; `starved` leaves it a pool too small for what runs at once, `chunked` a block a step."""
+    scheduler, serve, limits = engine.scheduler, engine.serve, engine.scheduler.limits
+    scheduler.pool.forget_all()
+    pages = scheduler.pool.take(max(0, scheduler.pool.num_free - 26)) if starved else []
+    scheduler.limits = limits.__class__(limits.rows, 1, limits.block, limits.slots) if chunked else limits
+    scheduler.prefix_cache, scheduler.draft = prefix_cache, engine._guess if speculate else None
+    engine.serve = serve.model_copy(update={"overlap": overlap, "speculate": speculate})
+    check, scheduler.check = scheduler.check, lambda: None
+    try:
+        yield
+    finally:
+        scheduler.pool.release(pages)
+        engine.serve, scheduler.limits, scheduler.prefix_cache, scheduler.draft, scheduler.check = serve, limits, True, None, check
+        scheduler.check()
