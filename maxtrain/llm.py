@@ -1,13 +1,18 @@
-"""`maxtrain.LLM`: any trained model, opened and ready to generate."""
+"""`maxtrain.LLM`: any trained model, opened and ready to generate; and `Probe`, which asks a model while it is trained."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from typing import Any
 
-from maxtrain.serving import api
-from maxtrain.training import pretrained
+import jax
+
+from maxtrain.config import schema
+from maxtrain.config.errors import Refused
+from maxtrain.serving import api, questions
+from maxtrain.training import loop, pretrained
 
 
 class LLM(api.LLM):
@@ -23,6 +28,47 @@ class LLM(api.LLM):
     """
 
     def __init__(self, path: str | os.PathLike[str], *, overrides: Sequence[str] = (), **serve: Any) -> None:
-        opened = pretrained.load_for_serving(os.fspath(path), overrides, serve)
-        self.step = opened.step
-        super().__init__(opened.model, opened.config, opened.layout, opened.tokenizer)
+        program, source = pretrained.open_for_serving(os.fspath(path), overrides, serve)
+        super().__init__(lambda: source.load(program.state.model), program.config, program.layout, source.tokenizer)
+        self.step = source.step
+
+
+class Probe(loop.Hook):
+    """Goes on from `eval.prompts` and answers `eval.questions` at each evaluation of a run, with the live parameters.
+
+    Raises:
+        Refused: a file of questions cannot be read.
+    """
+
+    def __init__(self, cfg: schema.Eval) -> None:
+        for path in cfg.questions.values():
+            questions.read(path)
+        self.cfg = cfg
+        self.llm: api.LLM | None = None
+
+    def on_start(self, trainer: loop.Trainer) -> None:
+        """The engine is driven by one process."""
+        if jax.process_count() > 1:
+            raise Refused("eval.prompts and eval.questions are for runs of one process: use `python -m maxtrain.decode` on a checkpoint")
+
+    def on_eval(self, trainer: loop.Trainer, row: dict[str, Any]) -> None:
+        """Add accuracies to the row, and the samples to the run's samples.jsonl."""
+        config, step = trainer.config, row["step"]
+        if self.llm is None:
+            self.llm = api.LLM(lambda: trainer.state.model, config, trainer.program.layout, trainer.tokenizer)
+        else:
+            self.llm.load(trainer.state.model, version=step)
+        for name, path in self.cfg.questions.items():
+            row |= {f"eval/{name}/{metric}": value for metric, value in questions.evaluate(self.llm, path).items()}
+        params = config.serve.sampling
+        if params.temperature and params.seed is None:  # the same samples after a resume
+            params = params.model_copy(update={"seed": config.serve.seed})
+        with open(os.path.join(config.run.folder, "samples.jsonl"), "a", encoding="utf-8") as file:
+            for output in self.llm.generate(self.cfg.prompts, params) if self.cfg.prompts else ():
+                text = {"error": output.error} if output.error else {"text": output.text}
+                file.write(json.dumps({"step": step, "prompt": output.prompt} | text, ensure_ascii=False) + "\n")
+
+
+def probes(cfg: schema.Eval) -> list[loop.Hook]:
+    """The hook that an evaluation asks for, if it does."""
+    return [Probe(cfg)] if cfg.prompts or cfg.questions else []

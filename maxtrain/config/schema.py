@@ -24,6 +24,7 @@ from maxtrain.config.section import (
     PositiveFloat,
     PositiveInt,
     Section,
+    Strings,
     freeze,
 )
 from maxtrain.config.serving import SamplingParams, Serve
@@ -241,6 +242,10 @@ class Eval(Section):
     """Window in which documents are scored; `data.length` when null."""
     stride: PositiveInt | None = None
     """New tokens per window of a document longer than one; the rest of the window is context. Half of `length` when null."""
+    prompts: Strings = ()
+    """Texts to go on from at each evaluation, as `serve.sampling` says; the samples are added to samples.jsonl."""
+    questions: dict[str, str] = FrozenDict()
+    """Files of questions by name, as `python -m maxtrain.decode --eval` reads them; accuracies are metrics."""
 
     @field_validator("sets", mode="after")
     @classmethod
@@ -252,9 +257,17 @@ class Eval(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Eval:
-        if not self.sets and self.changed:
-            raise ValueError("eval is set, but eval.sets names no set")
+        if not (self.sets or self.prompts or self.questions) and self.changed:
+            raise ValueError("eval is set, but eval.sets names no set, and there are no eval.prompts or eval.questions")
+        both = sorted(set(self.sets) & set(self.questions))
+        if both:
+            raise ValueError(f"sets and questions are both called {both[0]}: choose another name for one of them")
         return self
+
+    @field_validator("questions", mode="after")
+    @classmethod
+    def _freeze_questions(cls, value: dict[str, str]) -> dict[str, str]:
+        return FrozenDict(value)
 
 
 class Checkpoint(Section):

@@ -102,7 +102,7 @@ class Serve(Section):
     max_length: PositiveInt | None = None
     """Most tokens of a prompt and its output together; `model.max_length` when null."""
     memory_gib: PositiveFloat | None = None
-    """Memory of the cache on each device; null takes at most 2 on CPU, else half of what is free."""
+    """Memory of the cache on each device; null takes at most 1 on CPU, else half of what is free."""
     page_size: PositiveInt = 8
     """Tokens of a page of the cache. A request wastes half a page; a kernel for TPU wants 32 or more."""
     block: PositiveInt = 32

@@ -87,6 +87,12 @@ class Block(nnx.Module):
         return [layer.attention.cache_spec(*args) for layer in self.layers]
 
 
+@jax.jit
+def _traced_once(block: Block, x: jax.Array, context: Context, caches: Any) -> tuple[jax.Array, Any, Balance]:
+    """A block with its caches: serving has several programs of unrolled blocks, and equal ones are traced once in each."""
+    return block(x, context, caches)
+
+
 class Output(NamedTuple):
     """hidden [batch, length, embed], what the head multiplies; caches as they came in, updated; the routers' balancing terms."""
 
@@ -153,6 +159,8 @@ class Decoder(nnx.Module):
         return Output(hidden, (prefix, body, remainder), balance + extra)
 
     def _run(self, block: Block, x: jax.Array, context: Context, caches: Any) -> tuple[jax.Array, Any, Balance]:
+        if caches is not None:
+            return _traced_once(block, x, context, caches)
         return REMAT[self.remat](lambda block, x, caches: block(x, context, caches))(block, x, caches)
 
     @property

@@ -166,13 +166,13 @@ class LLM:
     """A model that generates, chats and scores.
 
     Args:
-        model: the decoder with its arrays.
+        model: gives the decoder with its arrays; called while the programs are compiled.
         config: the resolved config it was built from; `serve` is the engine's section.
         layout: the mesh the arrays lie on.
         tokenizer: None for prompts of token ids alone.
     """
 
-    def __init__(self, model: Any, config: schema.Config, layout: Layout, tokenizer: Tokenizer | None = None) -> None:
+    def __init__(self, model: Callable[[], Any], config: schema.Config, layout: Layout, tokenizer: Tokenizer | None = None) -> None:
         self.config, self.tokenizer = config, tokenizer
         self.engine = Engine(model, config, layout, tokenizer)
         self.driver = Driver(self.engine)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,7 +91,7 @@ class Engine:
     """Continuous batching on a decoder.
 
     Args:
-        model: the decoder with its arrays.
+        model: gives the decoder with its arrays; called while the programs are compiled.
         config: the resolved config it was built from.
         layout: the mesh the arrays lie on.
         tokenizer: for end tokens, stop texts and bad words; None serves ids alone.
@@ -100,7 +100,7 @@ class Engine:
         Refused: `serve` contradicts the model, or the cache does not fit.
     """
 
-    def __init__(self, model: Any, config: schema.Config, layout: Layout, tokenizer: Tokenizer | None = None) -> None:
+    def __init__(self, model: Callable[[], Any], config: schema.Config, layout: Layout, tokenizer: Tokenizer | None = None) -> None:
         self.serve, self.tokenizer, self.vocab_size = config.serve, tokenizer, config.model.vocab_size
         self.valid = min(self.vocab_size, self.vocab_size if tokenizer is None else tokenizer.vocab_size)
         self.programs = Programs(config, layout, self.valid)
@@ -115,8 +115,8 @@ class Engine:
         )
         self._ids, self._arrivals = itertools.count(), itertools.count()
         self._seeds, self._flights = np.random.default_rng(self.serve.seed), deque[Flight]()
-        self.model = self._lay_out(model)
-        self.programs.compile(self.model)
+        with self.programs.compiling():
+            self.model = self._lay_out(model())
         self.state = self.programs.state()
 
     def _lay_out(self, model: Any) -> Any:

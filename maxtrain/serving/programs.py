@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,7 +20,7 @@ from maxtrain.parallel import sharding
 from maxtrain.parallel.sharding import Layout, is_param, param_axes
 from maxtrain.serving.step import Inputs, Shape, State, describe, make_step, mark
 
-CPU_MEMORY = 2 << 30  # bytes of the cache on CPU, unless told otherwise
+CPU_MEMORY = 1 << 30  # bytes of the cache on CPU, unless told otherwise
 
 
 class Programs:
@@ -48,6 +49,7 @@ class Programs:
         self.shapes = sorted(self._shapes(), key=lambda shape: shape.num_tokens)
         self._steps: dict[Shape, Any] = {}
         self._mark: Any = None
+        self._zeros: Any = None
 
     def _shared(self, rows: int) -> int:
         """A number of rows that the devices of a batch share evenly."""
@@ -84,21 +86,27 @@ class Programs:
         width = -(-self.max_length // self.serve.page_size)
         return (Shape(rows, blocks, self.serve.block, width) for rows, blocks in sizes)
 
-    def compile(self, model: Any) -> None:
-        """Compile everything ahead of time, for a model as `lay_out` returns it."""
-        model = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), model)
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[None]:
+        """Compile everything ahead of time, while what stands within goes on."""
+        places = sharding.shardings(self._model, self.layout)
+        described = jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), self._model, places)
 
         def abstract(tree: Any) -> Any:
             return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=self.layout.sharding()), tree)
 
-        kept, vocab = jax.tree.map(lambda s: s.sharding, self.spec), self.config.vocab_size
+        model, kept, vocab = self.lay_out(described), jax.tree.map(lambda s: s.sharding, self.spec), self.config.vocab_size
         with sharding.use(self.layout):
             step = jax.jit(make_step(self.valid), donate_argnums=1, out_shardings=(kept, self.layout.sharding()))
             lowered = [step.lower(model, self.spec, abstract(self.inputs(shape))) for shape in self.shapes]
             rows = (np.int32(0), np.zeros(vocab, np.int32), np.zeros(vocab, np.float32))
             lowered.append(jax.jit(mark, donate_argnums=0, out_shardings=kept).lower(self.spec, *abstract(rows)))
+            zeros = jax.jit(lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self.spec), out_shardings=kept)
+            lowered.append(zeros.lower())
         with ThreadPoolExecutor(2) as pool:
-            *steps, self._mark = pool.map(lambda program: program.compile(), lowered)
+            compiled = pool.map(lambda program: program.compile(), lowered)
+            yield
+            *steps, self._mark, self._zeros = compiled
         self._steps = dict(zip(self.shapes, steps, strict=True))
 
     def inputs(self, shape: Shape) -> Inputs:
@@ -111,7 +119,7 @@ class Programs:
 
     def state(self) -> State:
         """The state before the first step."""
-        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, device=s.sharding), self.spec)
+        return self._zeros()
 
     def step(self, shape: Shape, model: Any, state: State, inputs: Inputs) -> tuple[State, Any]:
         """Start a step; its outputs are arrays to come."""
@@ -122,7 +130,7 @@ class Programs:
         return self._mark(state, np.int32(slot), counts, bias)
 
     def lay_out(self, model: Any) -> Any:
-        """The model as it is served: on one CPU with its matrices as `Transposed`, a copy, elsewhere the same arrays."""
+        """The model, or its description, as it is served: on one CPU with its matrices as `Transposed`, a copy, elsewhere unchanged."""
         leaves, tree = jax.tree.leaves(model), jax.tree.structure(self._model)
         want = [x.shape for x in jax.tree.leaves(self._model)]
         assert [x.shape for x in leaves] == want, "another model than the one the programs are for"
@@ -130,15 +138,22 @@ class Programs:
         if not self.on_one_cpu:
             return model
 
-        def one(leaf: Any) -> Any:
-            value, axes = leaf.get_value(), param_axes(leaf)
-            return (
-                leaf.replace(Transposed(_transposed(value))) if value.ndim == 2 and not {"vocab", "expert", "layers"} & set(axes) else leaf
-            )
+        def multiplied(leaf: Any) -> bool:
+            return leaf.get_value().ndim == 2 and not {"vocab", "expert", "layers"} & set(param_axes(leaf))
 
-        return jax.tree.map(one, model, is_leaf=is_param)
+        params = jax.tree.leaves(model, is_leaf=is_param)
+        rows = iter(_transposed([leaf.get_value() for leaf in params if multiplied(leaf)]))
+        changed = [leaf.replace(Transposed(next(rows))) if multiplied(leaf) else leaf for leaf in params]
+        return jax.tree.unflatten(jax.tree.structure(model, is_leaf=is_param), changed)
+
+
+def _transposed(matrices: list[Any]) -> list[Any]:
+    """Arrays, or descriptions of them, with their dims exchanged."""
+    if all(isinstance(x, jax.Array) for x in matrices):
+        return _transpose(matrices)
+    return [jax.ShapeDtypeStruct(x.shape[::-1], x.dtype, sharding=x.sharding) for x in matrices]
 
 
 @jax.jit
-def _transposed(x: jax.Array) -> jax.Array:
-    return x.T
+def _transpose(matrices: list[jax.Array]) -> list[jax.Array]:
+    return [x.T for x in matrices]

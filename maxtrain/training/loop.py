@@ -253,7 +253,8 @@ class Trainer:
     def _at_boundary(self, step: int, last: int) -> None:
         """Evaluate and save where it is due; all numbers up to `step` have been written."""
         metrics: dict[str, Any] = {}
-        if self.evaluate.sets and (step == last or (self.config.eval.every and step % self.config.eval.every == 0)):
+        asked = self.config.eval.changed
+        if asked and (step == last or (self.config.eval.every and step % self.config.eval.every == 0)):
             metrics = {"step": step, **self.evaluate(self.state.model)}
             for hook in self.hooks:
                 hook.on_eval(self, metrics)

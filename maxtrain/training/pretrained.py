@@ -29,10 +29,11 @@ from maxtrain.config.errors import Refused
 from maxtrain.data.tokenizer import ByteTokenizer, Tokenizer, load_saved
 from maxtrain.models.families.family import function
 from maxtrain.ops.attention import Context
+from maxtrain.parallel import mesh
 from maxtrain.parallel.sharding import Layout, path_name, stacked_name
 from maxtrain.training import run as runs
 from maxtrain.training import state as states
-from maxtrain.training.program import make_program
+from maxtrain.training.program import Program, make_program
 
 STDLIB = {"kind": "stdlib", "split": "heldout", "max_bytes": 200_000}
 
@@ -43,6 +44,9 @@ class Source(Protocol):
     model: schema.Model
     tokenizer: Tokenizer | None
     config: schema.Config
+
+    step: int | None
+    """The checkpoint's, once it is loaded; None for what is not MaxTrain's."""
 
     def load(self, like: Any) -> Any:
         """The model, laid out and in the formats that the abstract `like` describes."""
@@ -56,6 +60,7 @@ class RunSource:
 
     def __init__(self, path: str, overrides: Sequence[str] = ()) -> None:
         self.path, self.config = path, runs.read_config(path, overrides)
+        self.step: int | None = None
         self.model = self.config.model
         self.folder = os.path.join(runs.locate(path)[0], "tokenizer")
         self.tokenizer = load_saved(self.folder) if os.path.isdir(self.folder) else None
@@ -76,6 +81,7 @@ class ForeignSource:
 
     def __init__(self, found: Weights, overrides: Sequence[str] = ()) -> None:
         self.weights, self.model = found, found.model
+        self.step: int | None = None
         with tempfile.TemporaryDirectory() as folder:
             self.tokenizer = load_saved(folder) if found.save_tokenizer(folder) else None
         self.config = foreign_config(found.model, overrides)
@@ -145,10 +151,6 @@ class Pretrained:
     tokenizer: Tokenizer | None
     model: Any
     """The decoder, a pytree of its parameters."""
-    layout: Layout
-    """Where its arrays lie."""
-    step: int | None = None
-    """The checkpoint's, if it is one of MaxTrain's."""
 
     def __call__(self, tokens: Any) -> jax.Array:
         """Logits float32 [batch, length, vocab] of tokens int32 [batch, length]; each row is one document from its beginning.
@@ -174,11 +176,11 @@ def load_pretrained(path: str | os.PathLike[str]) -> Pretrained:
     """The model at a path, on the devices of this process; `Refused` if there is none."""
     source = open_source(os.fspath(path))
     program = runs.open_program(source.config)
-    return Pretrained(program.config, source.tokenizer, source.load(program.state.model), program.layout)
+    return Pretrained(program.config, source.tokenizer, source.load(program.state.model))
 
 
-def load_for_serving(path: str, overrides: Sequence[str] = (), serve: Mapping[str, Any] | None = None) -> Pretrained:
-    """The model at a path as an engine wants it: layers apart on CPU, weights in the format they are multiplied in.
+def open_for_serving(path: str, overrides: Sequence[str] = (), serve: Mapping[str, Any] | None = None) -> tuple[Program, Source]:
+    """The model at a path as an engine wants it, layers apart on CPU and weights in the format they are multiplied in; none are read yet.
 
     Args:
         path: as in `load_pretrained`.
@@ -199,11 +201,10 @@ def load_for_serving(path: str, overrides: Sequence[str] = (), serve: Mapping[st
         except ValidationError as error:
             raise Refused("\n".join(f"serve.{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())) from None
         config = config.model_copy(update={"serve": chosen})
-    described = runs.open_program(config.model_copy(update={"model": layers}))
-    precision = described.config.precision.model_copy(update={"params": described.config.precision.compute})
-    program = make_program(described.config.model_copy(update={"precision": precision}), described.layout)
-    model = source.load(program.state.model)
-    return Pretrained(program.config, source.tokenizer, model, program.layout, getattr(source, "step", None))
+    device_mesh = runs.open_mesh(config)
+    config = mesh.resolve(config.model_copy(update={"model": layers}), device_mesh)
+    precision = config.precision.model_copy(update={"params": config.precision.compute})
+    return make_program(config.model_copy(update={"precision": precision}), Layout(device_mesh, config.mesh.rules)), source
 
 
 # ------------------------------------------------------------------------------------------------------- converting

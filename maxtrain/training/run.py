@@ -158,10 +158,15 @@ def restore_model(path: str, config: schema.Config, like: Any, report: Any = pri
         return states.unstack(checkpointer.restore(step, states.stack(wanted), partial=True), wanted)["model"], step
 
 
+def open_mesh(config: schema.Config) -> jax.sharding.Mesh:
+    """The mesh of a config on the devices of this process."""
+    mesh.start(config.run, config.mesh)
+    return mesh.make_mesh(config.mesh)
+
+
 def open_program(config: schema.Config) -> Program:
     """The program of a config on the devices of this process."""
-    mesh.start(config.run, config.mesh)
-    device_mesh = mesh.make_mesh(config.mesh)
+    device_mesh = open_mesh(config)
     return make_program(mesh.resolve(config, device_mesh), Layout(device_mesh, config.mesh.rules))
 
 

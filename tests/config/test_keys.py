@@ -18,7 +18,7 @@ def test_keys_are_the_golden_ones():
 def test_every_key_has_a_docstring():
     named = {
         f"{mapping}.{name}"
-        for mapping in ("mesh.rules", "mesh.dcn", "data.sources", "eval.sets", "model.slots", "serve.sampling.logit_bias")
+        for mapping in ("mesh.rules", "mesh.dcn", "data.sources", "eval.sets", "model.slots", "serve.sampling.logit_bias", "eval.questions")
         for name in keys.children(keys.at(mapping))
     }
     assert [path for path, field in keys.walk() if not field.description and path not in {*Config.model_fields, *named}] == []

@@ -32,7 +32,7 @@ def build(serve=None, devices=1, axes=None, layers="unroll", **model):
     placed = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), described, shardings(described, layout))
     model = initialise(placed, 5)
     with sharding.use(layout):
-        return Engine(model, config, layout), model
+        return Engine(lambda: model, config, layout), model
 
 
 def logits(model, tokens):
