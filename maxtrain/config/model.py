@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, field_validator, model_validator
 
+from maxtrain.config.mla import Mla
 from maxtrain.config.moe import Moe
 from maxtrain.config.rope import Rope
 from maxtrain.config.section import FrozenDict, PositiveFloat, PositiveInt, Section, Strings
@@ -48,9 +49,11 @@ class Model(Section):
     num_heads: PositiveInt = 4
     """Number of query heads."""
     num_kv_heads: PositiveInt = 2
-    """Number of key and value heads; divides `num_heads`."""
+    """Number of key and value heads; divides `num_heads`. Not with `mla`."""
     head_dim: PositiveInt | None = None
-    """Width of a head; `embed / num_heads` when null."""
+    """Width of a head; `embed / num_heads` when null. Not with `mla`."""
+    mla: Mla | None = None
+    """Multi-head latent attention (DeepSeek-V2 and V3); null is grouped-query attention."""
     max_length: PositiveInt = 2048
     """Longest context the model is meant for, in tokens."""
     norm: Literal["rms", "rms_one_plus", "layer"] = "rms"
@@ -64,11 +67,12 @@ class Model(Section):
     qk_norm: Literal["none", "head", "projection"] = "none"
     """Normalise queries and keys before they are rotated: each head (Qwen3, Gemma 3), or all heads as one vector (OLMo 2)."""
     qkv_bias: bool = False
-    """Biases in the projections of queries, keys and values (Qwen2.5)."""
+    """Biases in the projections of queries, keys and values (Qwen2.5); with `mla`, in those to the latent vectors."""
     out_bias: bool = False
     """A bias in the projection behind attention."""
     attention_scale: PositiveFloat | None = None
-    """Factor on the products of queries and keys; 1 / sqrt(head width) when null."""
+    """Factor on the products of queries and keys; 1 / sqrt(head width) when null, with `mla` times the square of
+    0.1 m ln(factor) + 1 for m = `rope.scaling.mscale_all_dim`."""
     attention_softcap: PositiveFloat | None = None
     """Attention scores s become cap * tanh(s / cap); null for no cap (Gemma 2)."""
     attention_sinks: bool = False
@@ -111,13 +115,17 @@ class Model(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Model:
-        if self.num_heads % self.num_kv_heads:
+        if self.num_heads % self.kv_heads:
             raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
-        if self.head_dim is None and self.embed % self.num_heads:
+        unread = sorted(self.changed & {"num_kv_heads", "head_dim", "qk_norm", "attention_sinks"}) if self.mla else []
+        if unread:
+            raise ValueError(f"{', '.join(unread)}: of no effect with mla, remove it")
+        if self.mla is None and self.head_dim is None and self.embed % self.num_heads:
             raise ValueError(f"embed={self.embed} is not a multiple of num_heads={self.num_heads}: set head_dim")
         for rope in (self.rope, *(slot.rope for slot in self.slots.values() if slot.rope is not None)):
-            if rope.width(self.head_width) % 2 or not rope.width(self.head_width):
-                share = f"{rope.fraction:g} (rope.fraction) of the head width {self.head_width}"
+            width = self.mla.rope_dim if self.mla else self.head_width
+            if rope.width(width) % 2 or not rope.width(width):
+                share = f"{rope.fraction:g} (rope.fraction) of {'mla.rope_dim' if self.mla else 'the head width'} {width}"
                 raise ValueError(f"rotary embedding turns pairs: {share} must be even and above 0")
         if self.init_from is not None and "init_scale" in self.changed:
             raise ValueError("init_scale has no effect with init_from: remove one of them")
@@ -137,8 +145,18 @@ class Model(Section):
 
     @property
     def head_width(self) -> int:
-        """Width of a head."""
-        return self.head_dim or self.embed // self.num_heads
+        """Width of a head's query and key."""
+        return self.mla.nope_dim + self.mla.rope_dim if self.mla else self.head_dim or self.embed // self.num_heads
+
+    @property
+    def value_width(self) -> int:
+        """Width of a head's value."""
+        return self.mla.value_dim if self.mla else self.head_width
+
+    @property
+    def kv_heads(self) -> int:
+        """How many heads of keys and values attention sees in training."""
+        return self.num_heads if self.mla else self.num_kv_heads
 
     @property
     def deferred(self) -> bool:

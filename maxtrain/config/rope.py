@@ -53,8 +53,8 @@ class RopeScaling(Section):
     def _check(self) -> RopeScaling:
         if self.high_freq_factor <= self.low_freq_factor:
             raise ValueError("high_freq_factor must be larger than low_freq_factor")
-        if self.beta_fast <= self.beta_slow:
-            raise ValueError("beta_fast must be larger than beta_slow")
+        if self.beta_fast < self.beta_slow:
+            raise ValueError("beta_fast must not be below beta_slow")
         if (self.mscale is None) != (self.mscale_all_dim is None):
             raise ValueError("mscale and mscale_all_dim only have an effect together: set both or none")
         if self.mscale is not None and self.attention_factor is not None:

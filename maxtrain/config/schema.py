@@ -12,6 +12,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from maxtrain.config.data import Data, Source, Tokenizer
+from maxtrain.config.mla import Mla
 from maxtrain.config.model import Model, Slot
 from maxtrain.config.moe import Moe
 from maxtrain.config.rope import Rope, RopeScaling
@@ -37,6 +38,7 @@ __all__ = [  # the sections, whichever file they are in
     "Guard",
     "Mesh",
     "Metrics",
+    "Mla",
     "Model",
     "Moe",
     "Optimizer",

@@ -15,6 +15,7 @@ from flax import nnx
 from maxtrain.config import schema
 from maxtrain.models.attention import Attention
 from maxtrain.models.layers import Mlp, Norm
+from maxtrain.models.mla import LatentAttention
 from maxtrain.models.moe import MoeMlp
 from maxtrain.ops.attention import Context, softcapped
 from maxtrain.ops.linear import rows_product
@@ -43,7 +44,7 @@ class Layer(nnx.Module):
             return Norm(cfg, cfg.embed, dtype) if cfg.norm_placement in placements else None
 
         self.attention_norm = norm("pre", "sandwich", "parallel")
-        self.attention = Attention(cfg, slot, dtype)
+        self.attention = (LatentAttention if cfg.mla else Attention)(cfg, slot, dtype)
         self.attention_post_norm = norm("post", "sandwich")
         self.feed_forward_norm = norm("pre", "sandwich")
         self.feed_forward = MoeMlp(cfg, dtype) if slot.feed_forward == "moe" else Mlp(cfg, dtype)

@@ -15,15 +15,22 @@ def visible_keys(length: int, window: int | None) -> float:
     return (seen * (seen + 1) / 2 + (length - seen) * seen) / length
 
 
+def projections(cfg: schema.Model) -> int:
+    """Elements of the matrices before and behind a layer's attention."""
+    queries, values, embed, mla = cfg.num_heads * cfg.head_width, cfg.num_heads * cfg.value_width, cfg.embed, cfg.mla
+    if mla is None:
+        return embed * (queries + values + 2 * cfg.num_kv_heads * cfg.head_width)
+    of_queries = embed * queries if mla.q_rank is None else (embed + queries) * mla.q_rank
+    return of_queries + embed * mla.cached + mla.kv_rank * cfg.num_heads * (mla.nope_dim + mla.value_dim) + values * embed
+
+
 def forward(cfg: schema.Model, length: int) -> dict[str, float]:
     """Operations per token of a forward pass over sequences of `length` tokens, by part of the model."""
-    heads = cfg.num_heads * cfg.head_width
-    kv_heads = cfg.num_kv_heads * cfg.head_width
     parts = {"projections": 0.0, "attention": 0.0, "feed_forward": 0.0, "head": 2.0 * cfg.embed * cfg.vocab_size}
     for name in cfg.kinds:
         slot = cfg.slots[name]
-        parts["projections"] += 2.0 * cfg.embed * (2 * heads + 2 * kv_heads)
-        parts["attention"] += 4.0 * heads * visible_keys(length, slot.window)
+        parts["projections"] += 2.0 * projections(cfg)
+        parts["attention"] += 2.0 * cfg.num_heads * (cfg.head_width + cfg.value_width) * visible_keys(length, slot.window)
         if slot.feed_forward == "moe":
             assert cfg.moe is not None
             experts = 3 * (cfg.moe.mlp * cfg.moe.experts_per_token + (cfg.moe.shared_mlp or 0))

@@ -28,10 +28,13 @@ NORMS: dict[str, tuple[Callable[..., jax.Array], float | None]] = {
 
 
 class Norm(nnx.Module):
-    """The norm of `model.norm` with a learned scale, that begins as the identity. Shapes: x [..., width]."""
+    """The norm of `model.norm` with a learned scale, that begins as the identity; `cfg.norm_eps` unless told otherwise.
 
-    def __init__(self, cfg: schema.Model, width: int, dtype: str):
-        self.kind, self.eps = cfg.norm, cfg.norm_eps
+    Shapes: x [..., width].
+    """
+
+    def __init__(self, cfg: schema.Model, width: int, dtype: str, eps: float | None = None):
+        self.kind, self.eps = cfg.norm, eps or cfg.norm_eps
         self.scale = param((width,), ("norm",), std=NORMS[cfg.norm][1], dtype=dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -50,17 +50,19 @@ class Options(NamedTuple):
 
 
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, cache: Cache | None, context: Context, options: Options, sinks: jax.Array | None = None
+    q: jax.Array, k: jax.Array, v: jax.Array | None, cache: Cache | None, context: Context, options: Options, sinks: jax.Array | None = None
 ) -> tuple[jax.Array, Cache | None]:
     """Attention of q [batch, length, heads, width] over k, v [batch, length, kv_heads, width], or over the cache they are written to.
 
-    sinks: float [heads] or None. Returns: output [batch, length, heads, width of v] and the updated cache.
+    v: None, with a cache only, if the keys are the values too. sinks: float [heads] or None.
+    Returns: output [batch, length, heads, width of v] and the updated cache.
     """
     q = q * (q.shape[-1] ** -0.5 if options.scale is None else options.scale)
     if cache is None:
+        assert v is not None
         return _split_attention(q, k, v, context.segments, sinks, options), None
     assert context.pages is not None, "a cache is read by tokens that say where their pages are"
-    q, k, v = (x[:, 0] for x in (q, k, v))  # a token is a row of its own
+    q, k, v = jax.tree.map(lambda x: x[:, 0], (q, k, v))  # a token is a row of its own
     y, cache = paged_attention(q, k, v, cache, context.positions[:, 0], context.pages, options.window, options.softcap, sinks)
     return y[:, None], cache
 

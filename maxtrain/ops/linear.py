@@ -38,6 +38,11 @@ class Transposed:
         return Transposed(self.rows.astype(dtype))
 
 
+def rows_of(w: jax.Array | Transposed) -> jax.Array:
+    """The weight [in, out] as rows [out, in]."""
+    return w.rows if isinstance(w, Transposed) else w.T
+
+
 def rows_product(x: jax.Array, rows: jax.Array, dtype: Any = None) -> jax.Array:
     """x [..., in] times the transpose of rows [out, in], -> [..., out], with sums in `dtype`."""
     flat = x.reshape(-1, x.shape[-1])

@@ -21,10 +21,10 @@ MASKED = -1e30
 
 
 class Cache(NamedTuple):
-    """The pool of one layer: keys and values [kv_heads, num_pages, page_size, width]."""
+    """The pool of one layer: keys and values [kv_heads, num_pages, page_size, width]; without values, the keys are the values too."""
 
     keys: jax.Array
-    values: jax.Array
+    values: jax.Array | None
 
 
 class Pages(NamedTuple):
@@ -44,9 +44,9 @@ class Pages(NamedTuple):
         return Pages(self.slots + by * page_size, self.rows + by, self.blocks + by)
 
 
-def cache_spec(num_pages: int, page_size: int, kv_heads: int, widths: tuple[int, int], dtype: jnp.dtype) -> Any:
-    """Shapes and format of a layer's pool; `widths` are those of keys and values."""
-    keys, values = (jax.ShapeDtypeStruct((kv_heads, num_pages, page_size, width), dtype) for width in widths)
+def cache_spec(num_pages: int, page_size: int, kv_heads: int, widths: tuple[int, int | None], dtype: jnp.dtype) -> Any:
+    """Shapes and format of a layer's pool; `widths` are those of keys and values, None for keys that are the values too."""
+    keys, values = (width and jax.ShapeDtypeStruct((kv_heads, num_pages, page_size, width), dtype) for width in widths)
     return Cache(keys, values)  # type: ignore[arg-type]
 
 
@@ -80,7 +80,7 @@ def read(
     kv_heads, _, page_size, _ = cache.keys.shape
     pages = max(1, min(CHUNK // page_size, tables.shape[1]))
     tables = jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % pages)))
-    chunk, group, width = pages * page_size, heads // kv_heads, cache.values.shape[-1]
+    chunk, group, width = pages * page_size, heads // kv_heads, (cache.keys if cache.values is None else cache.values).shape[-1]
     # [kv_heads, n, length * group, width]: the query heads of a group are rows of one product
     q = q.reshape(n, length, kv_heads, group, -1).transpose(2, 0, 1, 3, 4).reshape(kv_heads, n, length * group, -1)
     at = jnp.repeat(positions, group, axis=1)[:, :, None]
@@ -91,13 +91,15 @@ def read(
     def step(index: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         top, total, out = carry
         ids = jax.lax.dynamic_slice_in_dim(tables, index * pages, pages, axis=1)
-        scores = jnp.einsum("hnqd,hnkd->hnqk", q, gathered(cache.keys, ids), preferred_element_type=jnp.float32)
+        keys = gathered(cache.keys, ids)
+        scores = jnp.einsum("hnqd,hnkd->hnqk", q, keys, preferred_element_type=jnp.float32)
         scores = scores if softcap is None else softcap * jnp.tanh(scores / softcap)
         distance = at - (index * chunk + jnp.arange(chunk))
         scores = jnp.where((distance >= 0) & (distance < (window or DROPPED)), scores, MASKED)
         higher = jnp.maximum(top, scores.max(axis=-1, keepdims=True))
         weights, decay = jnp.exp(scores - higher), jnp.exp(top - higher)
-        product = jnp.einsum("hnqk,hnkd->hnqd", weights.astype(q.dtype), gathered(cache.values, ids), preferred_element_type=jnp.float32)
+        values = keys if cache.values is None else gathered(cache.values, ids)
+        product = jnp.einsum("hnqk,hnkd->hnqd", weights.astype(q.dtype), values, preferred_element_type=jnp.float32)
         return higher, total * decay + weights.sum(axis=-1, keepdims=True), out * decay + product
 
     shape = (kv_heads, n, length * group, 1)
@@ -116,7 +118,7 @@ def read(
 def paged_attention(
     q: jax.Array,
     k: jax.Array,
-    v: jax.Array,
+    v: jax.Array | None,
     cache: Cache,
     positions: jax.Array,
     pages: Pages,
@@ -126,13 +128,15 @@ def paged_attention(
 ) -> tuple[jax.Array, Cache]:
     """Write k, v [tokens, kv_heads, width] into the pool, then attention of q [tokens, heads, width], already scaled, over it.
 
+    Without v, k is the value too.
+
     Returns: output [tokens, heads, width of v] and the updated pool.
     """
     axes = pool_axes(k.shape[1])
-    cache = Cache(*(constrain(write(pool, new, pages.slots), axes) for pool, new in zip(cache, (k, v), strict=True)))
+    cache = jax.tree.map(lambda pool, new: constrain(write(pool, new, pages.slots), axes), cache, Cache(k, v))
     out, rows = [], len(pages.rows)
     for tokens, tables in ((slice(0, rows), pages.rows), (slice(rows, None), pages.blocks)):
         if len(tables):
             part, at = (x[tokens].reshape(len(tables), -1, *x.shape[1:]) for x in (q, positions))
-            out.append(read(part, cache, tables, at, window, softcap, sinks).reshape(-1, q.shape[1], v.shape[-1]))
+            out.append(read(part, cache, tables, at, window, softcap, sinks).reshape(-1, q.shape[1], (k if v is None else v).shape[-1]))
     return jnp.concatenate(out), cache

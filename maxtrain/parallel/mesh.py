@@ -135,8 +135,8 @@ def _check_parts(config: schema.Config, layout: Layout) -> None:
     if layout.parts("layers") > 1:
         raise Refused(f"mesh.{layout.split('layers')[0]}: there is no pipeline over microbatches yet: set it to 1")
     model, devices = config.model, layout.parts("heads")
-    if model.num_heads % devices or (model.num_kv_heads % devices and devices % model.num_kv_heads):
+    if model.num_heads % devices or (model.kv_heads % devices and devices % model.kv_heads):
         raise Refused(
-            f"model.num_heads={model.num_heads} and model.num_kv_heads={model.num_kv_heads} cannot be shared by the {devices} devices of "
+            f"model.num_heads={model.num_heads} and model.num_kv_heads={model.kv_heads} cannot be shared by the {devices} devices of "
             f"{'+'.join(layout.split('heads'))}: the heads must be a multiple of them, the kv heads a multiple or a divisor"
         )

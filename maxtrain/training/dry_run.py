@@ -29,7 +29,7 @@ def activation_bytes(config: schema.Config, shards: int) -> int:
     """An estimate of what one microbatch keeps for the backward pass on one device, by remat policy."""
     model, width = config.model, 4 if config.precision.compute == "float32" else 2
     tokens = config.data.batch_size * config.data.length // config.train.microbatches // shards
-    heads, kv_heads = model.num_heads * model.head_width, model.num_kv_heads * model.head_width
+    heads, kv_heads = model.num_heads * model.head_width, model.kv_heads * model.head_width
     total = 0.0
     for name in model.kinds:
         slot = model.slots[name]

@@ -33,6 +33,16 @@ def test_shared_experts_count_for_every_token():
     assert flops.forward(cfg, 8)["feed_forward"] == pytest.approx(2 * 64 * (2 * 3 * 24 + 3 * 40 + 8 + 1))
 
 
+def test_latent_attention():
+    mla = schema.Mla(q_rank=12, kv_rank=10, nope_dim=8, rope_dim=4, value_dim=6)
+    cfg = schema.Model(embed=16, num_layers=1, num_heads=4, mla=mla)
+    parts = flops.forward(cfg, 8)
+    assert parts["projections"] == 2 * (16 * 12 + 12 * 4 * 12 + 16 * 14 + 10 * 4 * 14 + 4 * 6 * 16)
+    assert parts["attention"] == 2 * 4 * (12 + 6) * 4.5
+    without = schema.Model(embed=16, num_layers=1, num_heads=4, mla=mla.model_copy(update={"q_rank": None}))
+    assert flops.forward(without, 8)["projections"] - parts["projections"] == 2 * (16 * 48 - 16 * 12 - 12 * 48)
+
+
 def test_windows_are_counted():
     full, local = (schema.Model(num_layers=1, slots={"layer": schema.Slot(window=w)}) for w in (None, 16))
     assert flops.forward(local, 1024)["attention"] < flops.forward(full, 1024)["attention"] / 20

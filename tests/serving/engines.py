@@ -12,7 +12,7 @@ from maxtrain.parallel import mesh, sharding
 from maxtrain.parallel.sharding import Layout, initialise, shardings
 from maxtrain.serving.engine import Engine
 
-SIZES = {"vocab_size": 61, "embed": 32, "mlp": 48, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "max_length": 96, "init_scale": 3.0}
+SIZES = {"vocab_size": 61, "embed": 32, "mlp": 48, "num_layers": 3, "num_heads": 4, "max_length": 96, "init_scale": 3.0}
 SERVE = {"max_requests": 6, "block": 8, "num_blocks": 4, "page_size": 4}
 
 

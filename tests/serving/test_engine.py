@@ -25,6 +25,13 @@ MODELS = {
         "tie_embeddings": True,
     },
     "sinks": {"attention_sinks": True, "qkv_bias": True, "qk_norm": "head", "num_kv_heads": 4},
+    "latent": {
+        "mla": {"q_rank": 12, "kv_rank": 16, "nope_dim": 8, "rope_dim": 4, "value_dim": 6},
+        "rope": {"interleaved": True},
+        "slots": {"first": {"window": 9}, "layer": {}},
+        "prefix": ["first"],
+        "layers": "scan",
+    },
     "moe": {
         "slots": {"moe": {"feed_forward": "moe"}},
         "layer_pattern": ["moe"],
@@ -284,12 +291,13 @@ MESHES = {
     "tensor": {"tensor": 2, "fsdp": 2, "data": 2},
     "heads repeated": {"tensor": 4, "fsdp": 2},
     "expert": {"expert": 4, "tensor": 2},
+    "latent": {"tensor": 4, "fsdp": 2},
 }
 
 
 @pytest.mark.parametrize("name", MESHES)
 def test_eight_devices_give_what_one_gives(name):
-    model = MODELS["moe"] if name == "expert" else {"layers": "scan"}
+    model = MODELS[{"expert": "moe", "latent": "latent"}.get(name, "scan")]
     model = model | {"vocab_size": 64}
     found = []
     for devices, axes in ((1, {}), (8, MESHES[name])):

@@ -19,7 +19,7 @@ SPEC.loader.exec_module(families)
 @pytest.mark.parametrize("family", families.CASES)
 def test_tokens_and_scores(family, tmp_path):
     """Greedy tokens after prompts longer than the window, and scores to 1e-4, in one batch."""
-    families.reference(family, list(families.CASES[family])[-1]).save_pretrained(tmp_path)
+    families.save(family, list(families.CASES[family])[-1], tmp_path)
     model = maxtrain.load(tmp_path)
     vocab, length = model.config.model.vocab_size, min(model.config.model.max_length, 96)
     llm = LLM(tmp_path, max_requests=4, num_blocks=3, max_length=length)

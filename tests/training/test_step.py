@@ -70,8 +70,20 @@ BIASED = schema.Model(
     slots={"layer": schema.Slot(feed_forward="moe")},
     moe=schema.Moe(**EXPERTS, expert_bias=True, router_bias=True, shared_mlp=16),
 )  # what has a part of its own on each device: sinks, biases, caps
+LATENT = schema.Model(
+    vocab_size=264,
+    embed=32,
+    mlp=64,
+    num_layers=2,
+    layers="scan",
+    qkv_bias=True,
+    mla=schema.Mla(q_rank=24, kv_rank=16, nope_dim=8, rope_dim=4, value_dim=12),
+    rope=schema.Rope(interleaved=True),
+    slots={"local": schema.Slot(window=9)},
+    layer_pattern=("local",),
+)
 BOXED = BIASED.model_copy(update={"moe": BIASED.moe.model_copy(update={"dispatch": "capacity"})})
-AXES_SHORT = [("dense", {"fsdp": 2, "axes": {"tensor": 2}})]
+AXES_SHORT = [("dense", {"fsdp": 2, "axes": {"tensor": 2}}), (LATENT, {"fsdp": 2, "axes": {"tensor": 2}})]
 AXES_LONG = [
     ("dense", {"axes": {"tensor": 2}}),
     ("dense", {"axes": {"tensor": 4}}),  # two devices share a kv head
@@ -89,6 +101,7 @@ AXES_LONG = [
     ("capacity", {"data": 2, "axes": {"expert": 4}}),
     (BIASED, {"axes": {"tensor": 2, "expert": 2}}),
     (BIASED, {"axes": {"tensor": 4}}),
+    (LATENT, {"data": 2, "axes": {"tensor": 2, "context": 2}}),
     (BOXED, {"axes": {"tensor": 2, "expert": 2}}),
 ]
 
@@ -96,7 +109,7 @@ AXES_LONG = [
 @pytest.mark.parametrize(("model", "layout"), [*AXES_SHORT, *(pytest.param(*case, marks=pytest.mark.slow) for case in AXES_LONG)])
 def test_other_axes_change_nothing(model, layout):
     """Ten steps; the batches hold two documents a row."""
-    given = batches(10) if model in ("dense", WINDOWED) else decided_batches(model, 10)
+    given = batches(10) if model in ("dense", WINDOWED, LATENT) else decided_batches(model, 10)
     reference = one_device(model)[:10] if isinstance(model, str) and model == "dense" else run(build(make_config(model), 2), given)[0]
     assert_same(run(build(make_config(model, **layout), 2), given)[0], reference)
 

@@ -51,7 +51,8 @@ def fused_qkv(model: schema.Model, slot: schema.Slot, ours: str, theirs: str) ->
 
 def attention_extras(model: schema.Model, ours: str, theirs: str) -> Iterator[Row]:
     """What some models have besides the projections: their biases, norms of queries and keys, sinks."""
-    biases = [("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj")] * model.qkv_bias + [("out", "o_proj")] * model.out_bias
+    inputs = [] if model.mla else [("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj")]  # latent attention has biases elsewhere
+    biases = inputs * model.qkv_bias + [("out", "o_proj")] * model.out_bias
     for name, tensor in biases:
         yield same(f"{ours}attention/{name}_bias", f"{theirs}self_attn.{tensor}.bias")
     if model.qk_norm != "none":
