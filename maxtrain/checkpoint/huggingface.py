@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,6 +103,8 @@ class Folder:
         self.family: Family = families.of_config(self.config, cited)
         self.model: schema.Model = self.family.model(self.config, cited)
         self._files = _tensors(self.path)
+        if self.model.mtp and not any(name in self._files for name in _ahead(self.family, self.model)):
+            self.model = self.model.model_copy(update={"mtp": None})  # transformers saves its field without the weights
         self._parts: dict[str, tuple[Quantisation, list[Tensor]]] = {}
         quantisation = _quantisation(self.config, cited)
         if quantisation is not None:
@@ -138,6 +140,11 @@ class Folder:
     def save_tokenizer(self, folder: str) -> bool:
         """Copy the tokenizer's files."""
         return copy_tokenizer(self.path, folder)
+
+
+def _ahead(family: Family, model: schema.Model) -> Iterator[str]:
+    """The tensors of multi-token prediction."""
+    return (name for row in family.rows(model) if row.ours[0].startswith("mtp/") for form in row.forms for name in form.names)
 
 
 def read_json(path: Path) -> dict[str, Any]:

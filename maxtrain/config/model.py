@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, field_validator, model_validator
 
 from maxtrain.config.mla import Mla
 from maxtrain.config.moe import Moe
+from maxtrain.config.mtp import Mtp
 from maxtrain.config.rope import Rope
 from maxtrain.config.section import FrozenDict, PositiveFloat, PositiveInt, Section, Strings
 
@@ -94,6 +95,8 @@ class Model(Section):
     """Rotary embedding of all layers that do not name their own."""
     moe: Moe | None = None
     """Mixture of experts for the layers whose slot says `feed_forward: moe`."""
+    mtp: Mtp | None = None
+    """Multi-token prediction: layers behind the last that predict further tokens (DeepSeek-V3, GLM-4.5); null for none."""
     slots: Annotated[dict[str, Slot], BeforeValidator(_slots)] = FrozenDict(layer=Slot())
     """The kinds of layers by name."""
     prefix: Strings = ()
@@ -157,6 +160,11 @@ class Model(Section):
     def kv_heads(self) -> int:
         """How many heads of keys and values attention sees in training."""
         return self.num_heads if self.mla else self.num_kv_heads
+
+    @property
+    def trained_kinds(self) -> tuple[str, ...]:
+        """`kinds`, and that of the modules of multi-token prediction behind them, which training runs as well."""
+        return self.kinds + self.kinds[-1:] * (self.mtp.num_layers if self.mtp else 0)
 
     @property
     def deferred(self) -> bool:

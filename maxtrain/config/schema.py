@@ -15,6 +15,7 @@ from maxtrain.config.data import Data, Source, Tokenizer
 from maxtrain.config.mla import Mla
 from maxtrain.config.model import Model, Slot
 from maxtrain.config.moe import Moe
+from maxtrain.config.mtp import Mtp
 from maxtrain.config.rope import Rope, RopeScaling
 from maxtrain.config.section import (
     Dtype,
@@ -41,6 +42,7 @@ __all__ = [  # the sections, whichever file they are in
     "Mla",
     "Model",
     "Moe",
+    "Mtp",
     "Optimizer",
     "Precision",
     "Profile",

@@ -13,10 +13,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maxtrain.config import schema
-from maxtrain.models.attention import Attention
-from maxtrain.models.layers import Mlp, Norm
-from maxtrain.models.mla import LatentAttention
-from maxtrain.models.moe import MoeMlp
+from maxtrain.models.block import ACTIVATION, Block
+from maxtrain.models.layers import Norm
+from maxtrain.models.mtp import Predictor
 from maxtrain.ops.attention import Context, softcapped
 from maxtrain.ops.linear import rows_product
 from maxtrain.ops.routing import Balance
@@ -27,65 +26,6 @@ REMAT = {
     "dots": lambda f: jax.checkpoint(f, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
     "full": jax.checkpoint,
 }
-ACTIVATION = ("batch", "residual", None)
-
-
-class Layer(nnx.Module):
-    """One decoder layer: attention and feed-forward, each added to the residual stream x [batch, length, embed].
-
-    Norms stand where `model.norm_placement` says: x + part(norm(x)), x + norm(part(x)), x + norm(part(norm(x))), or for both
-    parts at once x + attention(norm(x)) + feed_forward(norm(x)).
-    """
-
-    def __init__(self, cfg: schema.Model, slot: schema.Slot, dtype: str):
-        self.parallel, self.multiplier = cfg.norm_placement == "parallel", cfg.residual_multiplier
-
-        def norm(*placements: str) -> Norm | None:
-            return Norm(cfg, cfg.embed, dtype) if cfg.norm_placement in placements else None
-
-        self.attention_norm = norm("pre", "sandwich", "parallel")
-        self.attention = (LatentAttention if cfg.mla else Attention)(cfg, slot, dtype)
-        self.attention_post_norm = norm("post", "sandwich")
-        self.feed_forward_norm = norm("pre", "sandwich")
-        self.feed_forward = MoeMlp(cfg, dtype) if slot.feed_forward == "moe" else Mlp(cfg, dtype)
-        self.feed_forward_post_norm = norm("post", "sandwich")
-
-    def __call__(self, x: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any, Balance]:
-        normed = _normed(x, self.attention_norm)
-        y, cache = self.attention(normed, context, cache)
-        x = self._added(x, y, self.attention_post_norm)
-        normed = normed if self.parallel else _normed(x, self.feed_forward_norm)
-        if isinstance(self.feed_forward, MoeMlp):
-            y, balance = self.feed_forward(normed, context.segments)
-        else:
-            y, balance = self.feed_forward(normed), Balance.zero()
-        return self._added(x, y, self.feed_forward_post_norm), cache, balance
-
-    def _added(self, x: jax.Array, y: jax.Array, norm: Norm | None) -> jax.Array:
-        y = _normed(y, norm)
-        return constrain(x + (y if self.multiplier == 1.0 else y * self.multiplier), ACTIVATION)
-
-
-def _normed(x: jax.Array, norm: Norm | None) -> jax.Array:
-    return x if norm is None else norm(x)
-
-
-class Block(nnx.Module):
-    """A run of unlike layers that is executed, repeated and rematerialised as one: a period of the pattern."""
-
-    def __init__(self, cfg: schema.Model, kinds: tuple[str, ...], dtype: str):
-        self.layers = nnx.List([Layer(cfg, cfg.slots[kind], dtype) for kind in kinds])
-
-    def __call__(self, x: jax.Array, context: Context, caches: Any) -> tuple[jax.Array, Any, Balance]:
-        balance, new = Balance.zero(), list[Any]()
-        for layer, cache in zip(self.layers, caches or [None] * len(self.layers), strict=True):
-            x, cache, extra = layer(x, context, cache)
-            balance, new = balance + extra, [*new, cache]
-        return x, None if caches is None else new, balance
-
-    def cache_spec(self, *args: Any) -> list[Any]:
-        """The cache of each layer."""
-        return [layer.attention.cache_spec(*args) for layer in self.layers]
 
 
 @jax.jit
@@ -130,13 +70,11 @@ class Decoder(nnx.Module):
         self.norm = Norm(cfg, cfg.embed, dtype)
         std = cfg.init_scale * cfg.embed**-0.5
         self.head = None if cfg.tie_embeddings else param((cfg.vocab_size, cfg.embed), ("vocab", "embed"), std=std, dtype=dtype)
+        self.mtp = nnx.List([Predictor(cfg, dtype) for _ in range(cfg.mtp.num_layers if cfg.mtp else 0)])
 
     def __call__(self, tokens: jax.Array, context: Context, caches: Any = None) -> Output:
         """Hidden states for tokens int32 [batch, length]; with caches (`cache_spec`), attention writes and reads their pages."""
-        table = constrain(self.embedding.get_value().astype(self.compute), ("vocab", None))  # gathered before it is read
-        x = constrain(table[tokens], ACTIVATION)
-        if self.cfg.embedding_multiplier != 1.0:
-            x = x * jnp.asarray(self.cfg.embedding_multiplier, x.dtype)
+        x = self._embed(tokens)
         prefix, body, remainder = caches or (None, None, None)
         x, prefix, balance = self._run(self.prefix, x, context, prefix)
         if isinstance(self.body, Block):
@@ -154,10 +92,32 @@ class Decoder(nnx.Module):
                 balance, new = balance + extra, [*new, cache]
             body = new
         x, remainder, extra = self._run(self.remainder, x, context, remainder)
-        hidden = self.norm(x)
-        if self.cfg.logit_multiplier != 1.0:
-            hidden = hidden * self.cfg.logit_multiplier
-        return Output(hidden, (prefix, body, remainder), balance + extra)
+        return Output(self._scaled(self.norm(x)), (prefix, body, remainder), balance + extra)
+
+    def ahead(self, depth: int, tokens: jax.Array, hidden: jax.Array, context: Context, cache: Any = None) -> Output:
+        """What module `depth` of multi-token prediction makes of the hidden states [batch, length, embed] of the one before it.
+
+        Args:
+            depth: 0 for the first, which goes on from `Output.hidden` of the decoder.
+            tokens: int32 [batch, length], at each position the token `depth + 1` further on.
+            hidden: of the module before.
+            context: that of the decoder.
+            cache: of the module's attention (`ahead_cache_spec`).
+        """
+
+        def run(module: Predictor, embedded: jax.Array, hidden: jax.Array, cache: Any) -> tuple[jax.Array, Any, Balance]:
+            return module(embedded, hidden, context, cache)
+
+        hidden, cache, balance = (REMAT[self.remat](run) if cache is None else run)(self.mtp[depth], self._embed(tokens), hidden, cache)
+        return Output(self._scaled(hidden), cache, balance)
+
+    def _embed(self, tokens: jax.Array) -> jax.Array:
+        table = constrain(self.embedding.get_value().astype(self.compute), ("vocab", None))  # gathered before it is read
+        x = constrain(table[tokens], ACTIVATION)
+        return x if self.cfg.embedding_multiplier == 1.0 else x * jnp.asarray(self.cfg.embedding_multiplier, x.dtype)
+
+    def _scaled(self, hidden: jax.Array) -> jax.Array:
+        return hidden if self.cfg.logit_multiplier == 1.0 else hidden * self.cfg.logit_multiplier
 
     def _run(self, block: Block, x: jax.Array, context: Context, caches: Any) -> tuple[jax.Array, Any, Balance]:
         if caches is not None:

@@ -24,10 +24,16 @@ def projections(cfg: schema.Model) -> int:
     return of_queries + embed * mla.cached + mla.kv_rank * cfg.num_heads * (mla.nope_dim + mla.value_dim) + values * embed
 
 
-def forward(cfg: schema.Model, length: int) -> dict[str, float]:
-    """Operations per token of a forward pass over sequences of `length` tokens, by part of the model."""
-    parts = {"projections": 0.0, "attention": 0.0, "feed_forward": 0.0, "head": 2.0 * cfg.embed * cfg.vocab_size}
-    for name in cfg.kinds:
+def forward(cfg: schema.Model, length: int, training: bool = False) -> dict[str, float]:
+    """Operations per token of a forward pass over sequences of `length` tokens, by part of the model.
+
+    That of training has the layers of multi-token prediction in it.
+    """
+    kinds = cfg.trained_kinds if training else cfg.kinds
+    ahead = len(kinds) - cfg.num_layers
+    parts = {"projections": 4.0 * cfg.embed**2 * ahead, "attention": 0.0, "feed_forward": 0.0}
+    parts["head"] = 2.0 * cfg.embed * cfg.vocab_size * (1 + ahead)
+    for name in kinds:
         slot = cfg.slots[name]
         parts["projections"] += 2.0 * projections(cfg)
         parts["attention"] += 2.0 * cfg.num_heads * (cfg.head_width + cfg.value_width) * visible_keys(length, slot.window)
@@ -42,4 +48,4 @@ def forward(cfg: schema.Model, length: int) -> dict[str, float]:
 
 def training(cfg: schema.Model, length: int) -> float:
     """Operations per token of forward and backward pass: three times the forward pass. Rematerialisation is not counted."""
-    return 3.0 * sum(forward(cfg, length).values())
+    return 3.0 * sum(forward(cfg, length, training=True).values())

@@ -31,7 +31,7 @@ def activation_bytes(config: schema.Config, shards: int) -> int:
     tokens = config.data.batch_size * config.data.length // config.train.microbatches // shards
     heads, kv_heads = model.num_heads * model.head_width, model.kv_heads * model.head_width
     total = 0.0
-    for name in model.kinds:
+    for name in model.trained_kinds:
         slot = model.slots[name]
         mlp = model.mlp
         if slot.feed_forward == "moe" and model.moe:
@@ -64,7 +64,7 @@ def _parameters(program: Program) -> Table:
 
 def _operations(config: schema.Config) -> Table:
     table = _table(f"Operations per token at length {config.data.length:,} (causal and windowed attention as computed)", "part", "FLOPs")
-    for part, count in flops.forward(config.model, config.data.length).items():
+    for part, count in flops.forward(config.model, config.data.length, training=True).items():
         table.add_row(part, f"{count:,.0f}")
     training = flops.training(config.model, config.data.length)
     table.add_row("forward and backward", f"{training:,.0f}")

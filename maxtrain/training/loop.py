@@ -309,6 +309,8 @@ class Trainer:
         if self.compile_seconds is not None:
             row["compile_seconds"], self.compile_seconds = self.compile_seconds, None
         row |= {name: float(host[name]) / max(tokens, 1.0) for name in ("balance", "router_z") if name in host}
+        if "mtp_loss" in host:
+            row["mtp_loss"] = float(host["mtp_loss"]) / max(float(host["mtp_tokens"]), 1.0)
         for index, name in enumerate(self.data.source_names if "loss_by_source" in host else ()):
             count = float(host["tokens_by_source"][index])
             row |= {f"tokens/{name}": round(count)} | ({f"loss/{name}": float(host["loss_by_source"][index]) / count} if count else {})

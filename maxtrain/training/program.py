@@ -50,9 +50,14 @@ class Program:
             return step.lower(self.state, self.batch(self.config.data.batch_size, self.config.data.length))
 
     def lower_eval(self, rows: int, length: int) -> Any:
-        """The evaluation step, ready to compile: (model, batch) -> sums of the loss function."""
+        """The evaluation step, ready to compile: (model, batch) -> sums `loss` and `tokens` of the loss function."""
+
+        def evaluate(model: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+            sums = self.loss_fn(model, batch)[1]
+            return {name: sums[name] for name in ("loss", "tokens")}  # what only training needs is not computed
+
         with sharding.use(self.layout):
-            step = jax.jit(lambda model, batch: self.loss_fn(model, batch)[1], out_shardings=self.layout.sharding())
+            step = jax.jit(evaluate, out_shardings=self.layout.sharding())
             return step.lower(self.state.model, self.batch(rows, length))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import optax
 from maxtrain.config import schema
 from maxtrain.ops.attention import Context
 from maxtrain.ops.loss import cross_entropy
+from maxtrain.ops.routing import Balance
 from maxtrain.training.optimizer import decay, make_optimizer, make_schedule, rebalance, split
 from maxtrain.training.state import Guard, TrainState
 
@@ -22,30 +24,51 @@ LossFn = Callable[[Any, Batch], tuple[jax.Array, Sums]]
 
 
 def next_token_loss(config: schema.Config, num_sources: int = 1) -> LossFn:
-    """Cross-entropy of the next token, with the z-loss and the routers' balancing terms of the config."""
+    """Cross-entropy of the next token, with the z-loss, the routers' balancing terms and the multi-token prediction of the config."""
+    losses = partial(cross_entropy, z_loss=config.train.z_loss, chunk=config.train.loss_chunk, softcap=config.model.final_softcap)
 
     def loss_fn(model: Any, batch: Batch) -> tuple[jax.Array, Sums]:
-        output = model(batch["tokens"], Context(batch["positions"], batch["segments"]))
+        context = Context(batch["positions"], batch["segments"])
+        output = model(batch["tokens"], context)
         weights = batch["weights"]
-        total, rows = cross_entropy(
-            output.hidden,
-            model.head_weights,
-            batch["targets"],
-            weights,
-            z_loss=config.train.z_loss,
-            chunk=config.train.loss_chunk,
-            softcap=config.model.final_softcap,
-        )
+        total, rows = losses(output.hidden, model.head_weights, batch["targets"], weights)
         sums = {"tokens": weights.sum(), "loss": rows.sum()}
         if num_sources > 1:
             for name, values in (("loss", rows), ("tokens", weights.sum(axis=1))):
                 sums[f"{name}_by_source"] = jax.ops.segment_sum(values, batch["source"], num_sources)
+        balance = output.balance
+        if config.model.mtp is not None:
+            further, (sums["mtp_loss"], sums["mtp_tokens"]), more = _further_loss(losses, model, batch, context, output.hidden)
+            total, balance = total + config.model.mtp.loss_weight / config.model.mtp.num_layers * further, balance + more
         if config.model.moe is not None:
-            total += output.balance.loss
-            sums |= {"balance": output.balance.aux, "router_z": output.balance.z}
+            total += balance.loss
+            sums |= {"balance": balance.aux, "router_z": balance.z}
         return total, sums
 
     return loss_fn
+
+
+def _further_loss(
+    losses: Callable[..., tuple[jax.Array, jax.Array]], model: Any, batch: Batch, context: Context, hidden: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array], Balance]:
+    """The losses of multi-token prediction, summed over modules and tokens; cross-entropy and tokens for the metrics; balancing terms.
+
+    A position counts for a module as long as what the module reads and predicts lies in the position's own document.
+    """
+    total, entropy, tokens, balance = jnp.zeros(()), jnp.zeros(()), jnp.zeros(()), Balance.zero()
+    targets, weights, segments = batch["targets"], batch["weights"], batch["segments"]
+    for depth in range(len(model.mtp)):
+        read, targets, segments = targets, _later(targets), _later(segments)
+        weights = _later(weights) * (segments == batch["segments"])
+        hidden, _, extra = model.ahead(depth, read, hidden, context)
+        loss, rows = losses(hidden, model.head_weights, targets, weights)
+        total, entropy, tokens, balance = total + loss, entropy + rows.sum(), tokens + weights.sum(), balance + extra
+    return total, (entropy, tokens), balance
+
+
+def _later(values: jax.Array) -> jax.Array:
+    """At each position of [batch, length], what stands at the next; 0, which is no document, at the last."""
+    return jnp.pad(values[:, 1:], ((0, 0), (0, 1)))
 
 
 def make_train_step(config: schema.Config, loss_fn: LossFn) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:

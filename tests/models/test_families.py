@@ -178,11 +178,32 @@ def test_preset_is_the_published_model(preset):
     found = {name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
     if model.tie_embeddings:
         found.pop("lm_head.weight", None)
+    assert sum(int(np.prod(shape, dtype=np.int64)) for shape in found.values()) == count
+    if model.mtp:
+        found |= predictors(theirs, model)
     shapes, expected = weights.parameter_shapes(ours), {}
     for row in family.rows(ours):
         expected |= row.shapes(families.choose(row, found), shapes)
     assert found == expected
-    assert sum(int(np.prod(shape, dtype=np.int64)) for shape in found.values()) == count
+
+
+def predictors(theirs, model):
+    """Name and shape, in the published form, of the modules of multi-token prediction, which transformers loads apart."""
+    import torch
+    from transformers.modeling_layers import MtpModel
+
+    with torch.device("meta"):
+        modules = MtpModel(theirs, model.mtp.num_layers)
+    found = {}
+    for name, tensor in modules.state_dict().items():
+        if name.startswith("layers."):
+            _, depth, rest = name.split(".", 2)
+            rest = {"post_norm.weight": "shared_head.norm.weight"}.get(rest, rest.removeprefix("mtp_block."))
+            found[f"model.layers.{model.num_layers + int(depth)}.{rest}"] = tuple(tensor.shape)
+    for depth in range(model.mtp.num_layers):
+        for name in ("embed_tokens", "shared_head.head"):
+            found[f"model.layers.{model.num_layers + depth}.{name}.weight"] = (model.vocab_size, model.embed)
+    return found
 
 
 def test_every_preset_has_its_published_config():

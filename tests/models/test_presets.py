@@ -53,12 +53,14 @@ PUBLISHED = {  # from the models' own configurations and cards
 def count(path):
     cfg = load(path).config.model.model_copy(update={"layers": "scan"})
     table = parameter_table(Decoder(cfg, schema.Precision(compute="bfloat16"), schema.Remat()))
-    return sum(parameter.size for parameter in table.values())
+    ahead = sum(parameter.size for name, parameter in table.items() if name.startswith("mtp/"))
+    return sum(parameter.size for parameter in table.values()) - ahead, ahead
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_number_of_parameters(name):
-    assert count(FOLDER / f"{name}.yml") == PUBLISHED[name]
+    """Multi-token prediction is counted apart: DeepSeek-V3's weights are given as 671B and 11.5B more for its module."""
+    assert count(FOLDER / f"{name}.yml") == (PUBLISHED[name], {"deepseek-v3": 11_610_068_224}.get(name, 0))
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yml")), ids=lambda path: path.stem)

@@ -102,6 +102,12 @@ def mla(fields: Fields) -> schema.Mla:
     )
 
 
+def mtp(fields: Fields) -> schema.Mtp | None:
+    """The section `model.mtp`."""
+    count = fields.get("num_nextn_predict_layers", 0)
+    return schema.Mtp(num_layers=count) if count else None
+
+
 def latent_model(fields: Fields, moe: schema.Moe, dense_first: int, rotary: schema.Rope, **more: Any) -> schema.Model:
     """The model of a config with latent attention and experts in all layers but the first `dense_first`."""
     shared = base(fields, max_length=more.pop("max_length"))
@@ -148,7 +154,10 @@ V3 = {
 
 def _read_v3(fields: Fields) -> schema.Model:
     rotary = rope.read(fields).model_copy(update={"interleaved": fields.get("rope_interleave", True)})
-    return latent_model(fields, sigmoid_moe(fields, **V3), fields.get("first_k_dense_replace", 3), rotary, max_length=4096)
+    dense_first, predictors = fields.get("first_k_dense_replace", 3), mtp(fields)
+    if predictors and dense_first >= fields.need("num_hidden_layers"):
+        raise Refused(f"{fields.place}: num_nextn_predict_layers = {predictors.num_layers}: the last layer must have experts, as they do")
+    return latent_model(fields, sigmoid_moe(fields, **V3), dense_first, rotary, max_length=4096, mtp=predictors)
 
 
 def _write(model: schema.Model) -> dict[str, Any]:
@@ -185,7 +194,8 @@ def _write_v2(model: schema.Model) -> dict[str, Any]:
 
 
 def _write_v3(model: schema.Model) -> dict[str, Any]:
-    return {**_write(model), "rope_interleave": model.rope.interleaved}
+    ahead = {"num_nextn_predict_layers": model.mtp.num_layers if model.mtp else 0}
+    return {**_write(model), "rope_interleave": model.rope.interleaved, **ahead}
 
 
 IGNORED = frozenset(
@@ -194,7 +204,6 @@ IGNORED = frozenset(
         "auto_map",
         "ep_size",
         "head_dim",  # of the rotated part, a copy of qk_rope_head_dim
-        "num_nextn_predict_layers",  # modules behind the model, see `rows`
         "output_router_logits",
         "pretraining_tp",
         "qk_head_dim",

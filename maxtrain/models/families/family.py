@@ -77,9 +77,10 @@ class Family:
 
 def function(model: schema.Model) -> dict[str, Any]:
     """What a model computes, however its layers are grouped and named: equal for models with the same logits."""
-    skip = NOT_FUNCTION | {"slots", "prefix", "layer_pattern", "rope", "moe", "head_dim"}
+    skip = NOT_FUNCTION | {"slots", "prefix", "layer_pattern", "rope", "moe", "mtp", "head_dim"}
     values: dict[str, Any] = {name: getattr(model, name) for name in schema.Model.model_fields if name not in skip}
     values["head_dim"] = model.head_width
+    values["mtp"] = model.mtp and model.mtp.num_layers
     values["layers"] = [model.slots[kind].model_copy(update={"rope": model.slots[kind].rope or model.rope}) for kind in model.kinds]
     if all(model.slots[kind].feed_forward == "moe" for kind in model.kinds):
         values.pop("mlp")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 from maxtrain.config import schema
-from maxtrain.models.families.tensors import TRANSPOSED, Form, Row, fused, linear, per_expert, same
+from maxtrain.models.families.tensors import TRANSPOSED, Form, Row, fused, linear, per_expert, same, shared
 
 Part = Callable[[schema.Model, schema.Slot, str, str], Iterator[Row]]
 PRE_NORMS = {"attention_norm": "input_layernorm", "feed_forward_norm": "post_attention_layernorm"}
@@ -29,10 +29,15 @@ def layers(model: schema.Model) -> Iterator[tuple[str, schema.Slot]]:
 
 def ends(model: schema.Model) -> Iterator[Row]:
     """Embedding, last norm and head under the names that nearly all families use."""
-    yield same("embedding", "model.embed_tokens.weight")
+    yield shared("embedding", "model.embed_tokens.weight", *(f"{name}embed_tokens.weight" for name in predictors(model)))
     yield same("norm/scale", "model.norm.weight")
     if not model.tie_embeddings:
-        yield same("head", "lm_head.weight")
+        yield shared("head", "lm_head.weight", *(f"{name}shared_head.head.weight" for name in predictors(model)))
+
+
+def predictors(model: schema.Model) -> list[str]:
+    """Beginning of the names of each module of multi-token prediction, published as a layer behind the last."""
+    return [f"model.layers.{model.num_layers + depth}." for depth in range(model.mtp.num_layers if model.mtp else 0)]
 
 
 def separate_qkv(model: schema.Model, slot: schema.Slot, ours: str, theirs: str) -> Iterator[Row]:
@@ -100,14 +105,23 @@ def decoder(
 ) -> Callable[[schema.Model], Iterator[Row]]:
     """The rows of models whose layers are attention and a feed-forward; `norms` says what each of their norms is called."""
 
+    def layer(model: schema.Model, slot: schema.Slot, ours: str, theirs: str) -> Iterator[Row]:
+        for name, tensor in norms.items():
+            yield same(f"{ours}{name}/scale", f"{theirs}{tensor}.weight")
+        yield from attention(model, slot, ours, theirs)
+        yield from attention_extras(model, ours, theirs)
+        yield from feed_forward(model, slot, ours, theirs)
+
     def rows(model: schema.Model) -> Iterator[Row]:
         yield from ends(model)
         for index, (ours, slot) in enumerate(layers(model)):
-            theirs = f"model.layers.{index}."
-            for name, tensor in norms.items():
-                yield same(f"{ours}{name}/scale", f"{theirs}{tensor}.weight")
-            yield from attention(model, slot, ours, theirs)
-            yield from attention_extras(model, ours, theirs)
-            yield from feed_forward(model, slot, ours, theirs)
+            yield from layer(model, slot, ours, f"model.layers.{index}.")
+        for depth, theirs in enumerate(predictors(model)):
+            ours = f"mtp/{depth}/"
+            yield same(f"{ours}embedding_norm/scale", f"{theirs}enorm.weight")
+            yield same(f"{ours}hidden_norm/scale", f"{theirs}hnorm.weight")
+            yield linear(f"{ours}projection", f"{theirs}eh_proj.weight")
+            yield same(f"{ours}norm/scale", f"{theirs}shared_head.norm.weight")
+            yield from layer(model, model.slots[model.kinds[-1]], f"{ours}layer/", theirs)
 
     return rows

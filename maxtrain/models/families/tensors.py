@@ -117,6 +117,18 @@ def same(ours: str, *theirs: str) -> Row:
     return Row((ours,), tuple(Form((name,), SAME) for name in theirs))
 
 
+def shared(ours: str, theirs: str, *copies: str) -> Row:
+    """One parameter, published in several equal tensors, or in the first of them alone."""
+    alone = Form((theirs,), SAME)
+    return Row((ours,), (Form((theirs, *copies), copied(1 + len(copies))), alone) if copies else (alone,))
+
+
+@functools.cache
+def copied(count: int) -> Transform:
+    """One array, kept `count` times."""
+    return Transform(lambda arrays: arrays[:1], lambda arrays: [arrays[0]] * count)
+
+
 def linear(ours: str, *theirs: str) -> Row:
     """One matrix, one tensor with the dims the other way round; further names are other names of the same."""
     return Row((ours,), tuple(Form((name,), TRANSPOSED) for name in theirs))
