@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
@@ -116,8 +116,17 @@ class Serve(Section):
     deterministic: bool = False
     """One program for all steps: outputs are bitwise the same, whatever else is in the batch."""
     speculate: NonNegativeInt = 0
-    """Tokens guessed from what stood in the request before, and checked in one step; 0 for none. Outputs stay the same."""
+    """Tokens guessed and checked in one step; 0 for none. Outputs stay the same."""
+    draft: Literal["auto", "ngram", "mtp"] = "auto"
+    """Who guesses: `ngram` looks up what stood in the request before, `mtp` is the model's multi-token prediction,
+    `auto` takes `mtp` where the model has it."""
     seed: NonNegativeInt = 0
     """Seed for requests without one."""
     sampling: SamplingParams = SamplingParams()
     """What requests ask for unless they say otherwise."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Serve:
+        if "draft" in self.changed and not self.speculate:
+            raise ValueError("draft has no effect with speculate=0: set how many tokens to guess, or remove it")
+        return self

@@ -141,3 +141,7 @@ class Decoder(nnx.Module):
         else:
             body = [block.cache_spec(num_pages, page_size, dtype) for block in self.body]
         return self.prefix.cache_spec(num_pages, page_size, dtype), body, self.remainder.cache_spec(num_pages, page_size, dtype)
+
+    def ahead_cache_spec(self, num_pages: int, page_size: int) -> Any:
+        """The pool of the first module of multi-token prediction."""
+        return self.mtp[0].layer.attention.cache_spec(num_pages, page_size, jnp.dtype(self.compute))

@@ -54,6 +54,8 @@ class Progress:
     """When each new token was read, as `added` by `time.perf_counter`."""
     stop: str | int | None = None
     """The text or token that ended the output."""
+    guesses: Sequence[int] = ()
+    """Of multi-token prediction, at what follows the last token."""
     marks: Any = None
     """What the device's rows of the slot were made for."""
 
@@ -111,7 +113,8 @@ class Engine:
             prefix_cache=self.serve.prefix_cache,
             exact=self.serve.deterministic,
             window=_common_window(config.model),
-            draft=self._guess if self.serve.speculate else None,
+            draft=self._draft if self.serve.speculate else None,
+            ahead=max(0, self.programs.num_guesses - 1),
         )
         self._ids, self._arrivals = itertools.count(), itertools.count()
         self._seeds, self._flights = np.random.default_rng(self.serve.seed), deque[Flight]()
@@ -268,6 +271,9 @@ class Engine:
             inputs.tokens[row], inputs.positions[row] = token, position
             inputs.slots[row] = request.pages[position // page_size] * page_size + position % page_size
             inputs.row_tables[row, : len(request.pages)] = request.pages
+            inputs.guessed[row] = offset > 0
+            if position + 1 < len(request.tokens):
+                inputs.follows[row] = request.tokens[position + 1]
             self._ask(inputs, row, request, position)
             row += 1
         return row
@@ -282,6 +288,8 @@ class Engine:
             here = slice(place, place + len(positions))
             inputs.tokens[here] = request.tokens[start : start + len(positions)]
             inputs.positions[here] = positions
+            following = request.tokens[start + 1 : start + 1 + len(positions)]
+            inputs.follows[place : place + len(following)] = following
             inputs.slots[here] = pages[positions // page_size] * page_size + positions % page_size
             inputs.block_tables[block, : len(pages)] = pages
             if progress.score_from is not None:
@@ -339,8 +347,10 @@ class Engine:
         bias[list(banned)] = -np.inf
         self.state = self.programs.mark(self.state, request.slot, counts, bias)
 
-    def _guess(self, request: Request) -> Sequence[int]:
-        """What followed the last time the request's last few tokens stood in it."""
+    def _draft(self, request: Request) -> Sequence[int]:
+        """Guesses of multi-token prediction; without it, what followed the last time the request's last few tokens stood in it."""
+        if self.programs.num_guesses:
+            return request.data.guesses
         tokens = np.asarray(request.tokens, np.int32).tobytes()
         for length in NGRAMS:
             tail = tokens[-4 * length :]
@@ -357,7 +367,7 @@ class Engine:
     def _read(self) -> list[Request]:
         """Wait for the oldest step under way and take its tokens."""
         flight = self._flights.popleft()
-        drawn, scored = jax.device_get(flight.outputs)
+        drawn, scored, guesses = jax.device_get(flight.outputs)
         now, news = time.perf_counter(), []
         for chunk, place in zip(flight.chunks, flight.places, strict=True):
             request = chunk.request
@@ -368,7 +378,7 @@ class Engine:
                 self._take_scores(chunk, place, scored)
             if chunk.samples:
                 output = place if chunk.in_rows else flight.num_rows + place + (chunk.count - 1) // self.serve.block
-                self._take_tokens(chunk, output, drawn, now)
+                self._take_tokens(chunk, output, drawn, guesses, now)
                 news.append(request)
         return news
 
@@ -380,7 +390,7 @@ class Engine:
             likeliest = dict(zip(scored.top_ids[at, :tops].tolist(), scored.top_logprobs[at, :tops].tolist(), strict=True))
             progress.scored[place] = float(scored.logprob[at]), bool(scored.greedy[at]), likeliest
 
-    def _take_tokens(self, chunk: Chunk, output: int, drawn: Any, now: float) -> None:
+    def _take_tokens(self, chunk: Chunk, output: int, drawn: Any, guesses: np.ndarray, now: float) -> None:
         """The token of a chunk, and those after its drafts as long as these are what was drawn."""
         request, progress, tops = chunk.request, chunk.request.data, chunk.request.params.logprobs or 0
         self.stats.guessed += len(chunk.drafts)
@@ -394,6 +404,7 @@ class Engine:
             progress.times.append(now)
             self.stats.generated += 1
             self._look_for_end(request, token)
+            progress.guesses = guesses[output + offset].tolist()
             if request.finish_reason is not None or offset == len(chunk.drafts) or chunk.drafts[offset] != token:
                 return
             self.stats.accepted += 1

@@ -41,11 +41,14 @@ class Programs:
         if model.moe is not None:  # capacity is a matter of sequences, and a request is never to lose a token to another
             model = model.model_copy(update={"moe": model.moe.model_copy(update={"dispatch": "dropless"})})
         self._model = Decoder(model, config.precision, schema.Remat(policy="none"))
+        if self.serve.draft == "mtp" and model.mtp is None:
+            raise Refused("serve.draft=mtp: the model has no multi-token prediction (model.mtp): take ngram")
+        self.num_guesses = self.serve.speculate if model.mtp and self.serve.draft != "ngram" else 0
         devices = layout.mesh.devices
         self.on_one_cpu = devices.size == 1 and devices.flat[0].platform == "cpu"
         self.max_rows = self._shared(self.serve.max_requests)
         self.num_pages = self._num_pages()
-        self.spec: State = describe(self._model, self.num_pages, self.serve.page_size, self.serve.max_requests, self.layout)
+        self.spec: State = self._describe(self.num_pages, self.serve.max_requests)
         self.shapes = sorted(self._shapes(), key=lambda shape: shape.num_tokens)
         self._steps: dict[Shape, Any] = {}
         self._mark: Any = None
@@ -59,7 +62,8 @@ class Programs:
     def _num_pages(self) -> int:
         """How many pages the memory holds, the one for nobody included."""
         size = self.serve.page_size
-        pools = jax.tree.leaves(describe(self._model, 1, size, 1, self.layout).caches)
+        described = self._describe(1, 1)
+        pools = jax.tree.leaves((described.caches, described.ahead))
         page = sum(math.prod(spec.sharding.shard_shape(spec.shape)) * spec.dtype.itemsize for spec in pools)
         needed = -(-self.max_length // size)
         if self.serve.memory_gib is not None:
@@ -75,6 +79,9 @@ class Programs:
                 f"{self.max_length} takes {(needed + 1) * page / (1 << 30):.3g} GiB: raise the one or lower the other"
             )
         return pages
+
+    def _describe(self, num_pages: int, num_slots: int) -> State:
+        return describe(self._model, num_pages, self.serve.page_size, num_slots, self.layout, bool(self.num_guesses))
 
     def _shapes(self) -> Iterable[Shape]:
         """Few and many rows without blocks, many rows with some and with all blocks; one shape for everything if `deterministic`."""
@@ -97,7 +104,7 @@ class Programs:
 
         model, kept, vocab = self.lay_out(described), jax.tree.map(lambda s: s.sharding, self.spec), self.config.vocab_size
         with sharding.use(self.layout):
-            step = jax.jit(make_step(self.valid), donate_argnums=1, out_shardings=(kept, self.layout.sharding()))
+            step = jax.jit(make_step(self.valid, self.num_guesses), donate_argnums=1, out_shardings=(kept, self.layout.sharding()))
             lowered = [step.lower(model, self.spec, abstract(self.inputs(shape))) for shape in self.shapes]
             rows = (np.int32(0), np.zeros(vocab, np.int32), np.zeros(vocab, np.float32))
             lowered.append(jax.jit(mark, donate_argnums=0, out_shardings=kept).lower(self.spec, *abstract(rows)))

@@ -97,6 +97,7 @@ class Scheduler:
         exact: compute prompts in blocks and what follows in rows, also when it is computed again, so that rounding is the same.
         window: no layer looks back further, so that pages behind it are free; None if one sees everything.
         draft: proposes tokens that may follow those of a request, for requests that are `synchronous`.
+        ahead: places behind its last token, and behind its drafts, that the step writes to for such a request if they are held.
     """
 
     def __init__(
@@ -108,8 +109,10 @@ class Scheduler:
         exact: bool = False,
         window: int | None = None,
         draft: Callable[[Request], Sequence[int]] | None = None,
+        ahead: int = 0,
     ) -> None:
-        self.pool, self.limits, self.prefix_cache, self.exact, self.window, self.draft = pool, limits, prefix_cache, exact, window, draft
+        self.pool, self.limits, self.prefix_cache, self.exact, self.window = pool, limits, prefix_cache, exact, window
+        self.draft, self.ahead = draft, ahead
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self._slots = list(range(limits.slots))[::-1]
@@ -199,6 +202,8 @@ class Scheduler:
         request.computed += chunk.count
         self.name_pages(request)
         request.pending += chunk.samples
+        if self.ahead and request.synchronous and chunk.samples:  # where there is room; guesses are worse without
+            self._grow(request, min(request.computed + len(chunk.drafts) + self.ahead, len(request.prompt) + request.max_tokens - 1))
         if chunk.in_rows:
             return rows - 1 - len(chunk.drafts), blocks
         return rows, blocks - -(-chunk.count // self.limits.block)

@@ -6,6 +6,7 @@ state stays on the device; a token of -1 is the one that its slot got last, so a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -45,6 +46,8 @@ class State(NamedTuple):
     """What stays on the device; the last slot is a place for what nobody owns."""
 
     caches: Any
+    ahead: Any
+    """The cache of multi-token prediction; None where it does not guess."""
     last: jax.Array
     """int32 [slots + 1], the token that each slot got last."""
     counts: jax.Array
@@ -62,6 +65,10 @@ class Inputs(NamedTuple):
     """int32 [tokens]; -1 where there is no token."""
     slots: Any
     """int32 [tokens], see `Pages`."""
+    follows: Any
+    """int32 [tokens], the token that follows; -1 for the one that is drawn."""
+    guessed: Any
+    """bool [rows], whether the row's token is a guess at what the row before draws."""
     targets: Any
     """int32 [blocks * block], the token that follows, where its log-probability is asked for; else -1."""
     row_tables: Any
@@ -88,6 +95,8 @@ class Inputs(NamedTuple):
             tokens=full(shape.num_tokens, 0),
             positions=full(shape.num_tokens, -1),
             slots=full(shape.num_tokens, DROPPED),
+            follows=full(shape.num_tokens, -1),
+            guessed=full(shape.num_rows, False, "bool"),
             targets=full(places, -1),
             row_tables=full((shape.num_rows, shape.width), 0),
             block_tables=full((shape.num_blocks, shape.width), 0),
@@ -108,25 +117,36 @@ class Scored(NamedTuple):
     top_logprobs: jax.Array
 
 
-def make_step(valid: int) -> Any:
-    """The function to compile: (model, state, inputs) -> (state, (Sampled, Scored)). `valid` as in `sample`."""
+def make_step(valid: int, num_guesses: int = 0) -> Any:
+    """The function to compile: (model, state, inputs) -> (state, (Sampled, Scored, guesses)).
 
-    def step(model: Any, state: State, inputs: Inputs) -> tuple[State, tuple[Sampled, Scored]]:
+    Args:
+        valid: as in `sample`.
+        num_guesses: how many tokens multi-token prediction guesses behind each that is drawn, int32 [rows + blocks, num_guesses].
+    """
+
+    def step(model: Any, state: State, inputs: Inputs) -> tuple[State, tuple[Sampled, Scored, jax.Array]]:
         num_rows, num_blocks = len(inputs.row_tables), len(inputs.block_tables)
         block = len(inputs.targets) // max(1, num_blocks)
         owners = inputs.owners
         first = inputs.tokens[:num_rows]
         tokens = jnp.concatenate([jnp.where(first < 0, state.last[owners[:num_rows]], first), inputs.tokens[num_rows:]])
         positions = inputs.positions[:, None]
-        pages = Pages(inputs.slots, inputs.row_tables, inputs.block_tables)
-        hidden, caches, _ = model(tokens[:, None], Context(positions, (positions >= 0).astype(jnp.int32), pages), state.caches)
-        last = num_rows + jnp.arange(num_blocks) * block + inputs.ends
+        context = Context(positions, (positions >= 0).astype(jnp.int32), Pages(inputs.slots, inputs.row_tables, inputs.block_tables))
+        hidden, caches, _ = model(tokens[:, None], context, state.caches)
+        ends = jnp.concatenate([jnp.arange(num_rows), num_rows + jnp.arange(num_blocks) * block + inputs.ends])
 
-        def draw(chunk: tuple[jax.Array, jax.Array, Rows]) -> Sampled:
+        def draw_chunk(chunk: tuple[jax.Array, jax.Array, Rows]) -> Sampled:
             hidden, owners, rows = chunk
             return sample(model.logits(hidden)[:, 0], rows, owners, state.counts, state.bias, valid)
 
-        drawn = _in_chunks(draw, (hidden[jnp.concatenate([jnp.arange(num_rows), last])], owners, inputs.rows))
+        def draw(hidden: jax.Array, rows: Rows) -> Sampled:
+            return _in_chunks(draw_chunk, (hidden, owners, rows))
+
+        drawn = draw(hidden[ends], inputs.rows)
+        guesses, ahead = jnp.zeros((len(owners), 0), jnp.int32), state.ahead
+        if num_guesses:
+            guesses, ahead = _guess(model, inputs, context, ahead, hidden, ends, drawn.token, draw, num_guesses)
         in_blocks = hidden[num_rows:].reshape(num_blocks, block, 1, hidden.shape[-1])
         scored = _score(model, in_blocks, inputs.targets.reshape(num_blocks, block), inputs.prompt_tops)
         mine = jnp.where(inputs.sampled, owners, len(state.last) - 1)
@@ -136,9 +156,51 @@ def make_step(valid: int) -> Any:
             return counts.at[counted, drawn.token].add(1)
 
         counts = jax.lax.cond(jnp.any(inputs.rows.marked), count, lambda counts: counts, state.counts)
-        return State(caches, state.last.at[mine].set(drawn.token), counts, state.bias), (drawn, scored)
+        return State(caches, ahead, state.last.at[mine].set(drawn.token), counts, state.bias), (drawn, scored, guesses)
 
     return step
+
+
+def _guess(
+    model: Any,
+    inputs: Inputs,
+    context: Context,
+    cache: Any,
+    hidden: jax.Array,
+    ends: jax.Array,
+    drawn: jax.Array,
+    draw: Callable[[jax.Array, Rows], Sampled],
+    count: int,
+) -> tuple[jax.Array, Any]:
+    """What may follow each drawn token: int32 [rows + blocks, count], and the cache of the module.
+
+    The first module of multi-token prediction sees every token of the step, and goes on from its own guesses for further ones,
+    drawing with the noise that will be used when they are checked. What it keeps of those is written again with what came true.
+    """
+    follows = inputs.follows.at[ends].set(jnp.where(inputs.follows[ends] < 0, drawn, inputs.follows[ends]))
+    hidden, cache, _ = model.ahead(0, follows[:, None], hidden, context, cache)
+    hidden, guesses = hidden[ends], list[jax.Array]()
+    tables = jnp.concatenate([inputs.row_tables, inputs.block_tables])
+    goes_on = inputs.sampled & jnp.append(_last_true(inputs, drawn), jnp.ones(len(inputs.block_tables), bool))
+    page_size = jax.tree.leaves(cache)[0].shape[2]
+    for step in range(1, count + 1):
+        guesses.append(draw(hidden, inputs.rows._replace(index=inputs.rows.index + step)).token)
+        if step < count:
+            positions = jnp.where(inputs.positions[ends] < 0, -1, inputs.positions[ends] + step)
+            page = jnp.take_along_axis(tables, jnp.maximum(positions, 0)[:, None] // page_size, axis=1, mode="fill", fill_value=0)[:, 0]
+            slots = jnp.where(goes_on & (positions >= 0) & (page > 0), page * page_size + positions % page_size, DROPPED)
+            pages = Pages(slots, tables, inputs.block_tables[:0])
+            there = Context(positions[:, None], (positions >= 0).astype(jnp.int32)[:, None], pages)
+            hidden, cache, _ = model.ahead(0, guesses[-1][:, None], hidden, there, cache)
+    return jnp.stack(guesses, axis=1), cache
+
+
+def _last_true(inputs: Inputs, drawn: jax.Array) -> jax.Array:
+    """bool [rows], whether a row is the last of its request whose token came true: all guesses up to it are what was drawn."""
+    wrong = inputs.guessed & (jnp.roll(drawn[: len(inputs.guessed)], 1) != inputs.tokens[: len(inputs.guessed)])
+    faults = jnp.cumsum(wrong)
+    true = faults == jax.lax.cummax(jnp.where(inputs.guessed, 0, faults))
+    return true & ~jnp.append((inputs.guessed & true)[1:], False)
 
 
 def _in_chunks(function: Any, rows: Any) -> Any:
@@ -180,7 +242,7 @@ def mark(state: State, slot: jax.Array, counts: jax.Array, bias: jax.Array) -> S
     return state._replace(counts=state.counts.at[slot].set(counts), bias=state.bias.at[slot].set(bias))
 
 
-def describe(model: Any, num_pages: int, page_size: int, num_slots: int, layout: Layout) -> State:
+def describe(model: Any, num_pages: int, page_size: int, num_slots: int, layout: Layout, guesses: bool) -> State:
     """Abstract state: pools split by head where heads divide over the devices, the rest whole on each."""
 
     def pool(spec: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -192,4 +254,5 @@ def describe(model: Any, num_pages: int, page_size: int, num_slots: int, layout:
 
     rows = (num_slots + 1, model.cfg.vocab_size)
     caches = jax.tree.map(pool, model.cache_spec(num_pages, page_size))
-    return State(caches, whole(rows[:1], jnp.int32), whole(rows, jnp.int32), whole(rows, jnp.float32))
+    ahead = jax.tree.map(pool, model.ahead_cache_spec(num_pages, page_size)) if guesses else None
+    return State(caches, ahead, whole(rows[:1], jnp.int32), whole(rows, jnp.int32), whole(rows, jnp.float32))

@@ -16,8 +16,8 @@ SIZES = {"vocab_size": 61, "embed": 32, "mlp": 48, "num_layers": 3, "num_heads":
 SERVE = {"max_requests": 6, "block": 8, "num_blocks": 4, "page_size": 4}
 
 
-def build(serve=None, devices=1, axes=None, layers="unroll", **model):
-    """An engine on random weights, and its model."""
+def build(serve=None, devices=1, axes=None, layers="unroll", change=lambda model: model, **model):
+    """An engine on random weights, which `change` may replace, and its model."""
     config = schema.Config.model_validate(
         {
             "model": SIZES | {"layers": layers} | model,
@@ -30,7 +30,7 @@ def build(serve=None, devices=1, axes=None, layers="unroll", **model):
     layout = Layout(mesh.make_mesh(config.mesh, jax.devices()[:devices]), config.mesh.rules)
     described = Decoder(config.model, config.precision, schema.Remat(policy="none"))
     placed = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), described, shardings(described, layout))
-    model = initialise(placed, 5)
+    model = change(initialise(placed, 5))
     with sharding.use(layout):
         return Engine(lambda: model, config, layout), model
 
@@ -75,7 +75,7 @@ def switched(engine, *, starved=False, chunked=False, overlap=True, prefix_cache
     scheduler.pool.forget_all()
     pages = scheduler.pool.take(max(0, scheduler.pool.num_free - 26)) if starved else []
     scheduler.limits = limits.__class__(limits.rows, 1, limits.block, limits.slots) if chunked else limits
-    scheduler.prefix_cache, scheduler.draft = prefix_cache, engine._guess if speculate else None
+    scheduler.prefix_cache, scheduler.draft = prefix_cache, engine._draft if speculate else None
     engine.serve = serve.model_copy(update={"overlap": overlap, "speculate": speculate})
     check, scheduler.check = scheduler.check, lambda: None
     try:
