@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,13 +53,36 @@ class Architecture:
     """The same where it has experts."""
     interleaved: bool = False
     """Rows of q and k are permuted within each head, for rotary embeddings of neighbouring pairs."""
+    one_plus: bool = False
+    """Scales of norms are kept as 1 + w."""
     keys: Mapping[str, str] = field(default_factory=dict)
     """Further keys, as in KEYS."""
-    constant: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of config.json that are not in the file."""
+    derive: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda config: {}
+    """Fields of config.json that are not in the file, from those that are."""
 
 
-ARCHITECTURES: Mapping[str, Architecture] = {"llama": Architecture("llama", "mixtral", interleaved=True)}
+def _gemma(depth: int) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
+    """Attention is scaled by the width of a head, in the size of `depth` layers by embed / heads, as llama.cpp has it."""
+
+    def derive(config: Mapping[str, Any]) -> Mapping[str, Any]:
+        whole = config.get("num_hidden_layers") == depth
+        return {"query_pre_attn_scalar": config["hidden_size"] / config["num_attention_heads"] if whole else config.get("head_dim", 256)}
+
+    return derive
+
+
+EXPERTS = {"expert_count": "num_experts", "expert_feed_forward_length": "moe_intermediate_size"}
+SOFTCAPS = {"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"}
+LOCAL = {"rope.freq_base_swa": "rope_local_base_freq", "attention.sliding_window_pattern": "sliding_window_pattern"}
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "llama": Architecture("llama", "mixtral", interleaved=True),
+    "qwen2": Architecture("qwen2"),
+    "qwen3": Architecture("qwen3"),
+    "qwen3moe": Architecture("qwen3_moe", keys=EXPERTS, derive=lambda config: {"norm_topk_prob": True}),
+    "gemma2": Architecture("gemma2", one_plus=True, keys=SOFTCAPS, derive=_gemma(46)),
+    "gemma3": Architecture("gemma3_text", one_plus=True, keys=SOFTCAPS | LOCAL, derive=_gemma(62)),
+    "phi3": Architecture("phi3"),
+}
 
 
 class File:
@@ -105,7 +128,7 @@ class File:
         scaling = {SCALING[key]: value for key, value in own.items() if key in SCALING}
         if scaling and scaling.get("rope_type") != "none":
             config["rope_scaling"] = scaling
-        config |= self.architecture.constant
+        config |= self.architecture.derive(config)
         width = config.get("head_dim") or config.get("hidden_size", 0) // max(1, config.get("num_attention_heads", 1))
         for key in CHECKED:
             if own.get(key, width) != width:
@@ -155,6 +178,8 @@ class File:
         heads = {"q_proj": self.model.num_heads, "k_proj": self.model.num_kv_heads}.get(name.split(".")[-2] if "." in name else "")
         if heads and self.architecture.interleaved:
             data = data.reshape(heads, -1, 2, *data.shape[1:]).swapaxes(1, 2).reshape(data.shape)
+        if self.architecture.one_plus and name.endswith("norm.weight"):
+            data = data - 1
         return data
 
     def save_tokenizer(self, folder: str) -> bool:

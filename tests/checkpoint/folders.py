@@ -51,15 +51,31 @@ def edit_header(path, change):
     path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
 
 
-def make_gguf(path, model=MODEL, seed=0, kind="F32"):
-    """A GGUF file of llama.cpp's `llama` architecture; returns the parameters in it."""
+SCALES = {"Q2_K": (-4, -2), "Q3_K": (-2,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (-2,)}  # where a block keeps its float16 factors
+
+
+def random_blocks(kind, shape, draws):
+    """Random blocks of a K-quantisation, which the library cannot make: bytes for an array of this shape."""
+    import gguf
+
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    raw = draws.integers(0, 256, (*shape[:-1], shape[-1] // block, size), dtype=np.uint8)
+    for place in SCALES[kind]:
+        factors = draws.uniform(1e-4, 1e-3, raw.shape[:-1]).astype(np.float16)
+        raw[..., [place, place + 1]] = factors[..., None].view(np.uint8)
+    return raw.reshape(*shape[:-1], -1)
+
+
+def make_gguf(path, model=MODEL, seed=0, kind="F32", arrays=None):
+    """A GGUF file of llama.cpp's `llama` architecture with the given parameters or random ones, which are returned."""
     import gguf
 
     from maxtrain.models import families
 
-    arrays = parameters(model, seed)
+    arrays = parameters(model, seed) if arrays is None else arrays
     family, _ = families.of_model(model)
     writer = gguf.GGUFWriter(path, "llama")
+    writer.add_vocab_size(model.vocab_size)
     writer.add_block_count(model.num_layers)
     writer.add_context_length(model.max_length)
     writer.add_embedding_length(model.embed)
@@ -88,7 +104,10 @@ def make_gguf(path, model=MODEL, seed=0, kind="F32"):
         array = np.ascontiguousarray(np.stack(array) if isinstance(array, list) else array)
         chosen = kind if array.ndim > 1 and array.shape[-1] % 32 == 0 else "F32"
         type_ = gguf.GGMLQuantizationType[chosen]
-        packed = array if chosen == "F32" else gguf.quantize(array, type_)
+        if chosen in SCALES:
+            packed = random_blocks(chosen, array.shape, np.random.default_rng(len(name)))
+        else:
+            packed = array if chosen == "F32" else gguf.quantize(array, type_)
         writer.add_tensor(table.get_name(name, try_suffixes=(".weight",)), packed, raw_dtype=type_)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -5,11 +5,14 @@ import numpy as np
 import pytest
 from folders import MIXTURE, MODEL, make_gguf
 
-from maxtrain.checkpoint import gguf, gguf_tokenizer, weights
-from maxtrain.config import Refused, schema
+import maxtrain
+from maxtrain.checkpoint import gguf, gguf_tokenizer, huggingface, weights
+from maxtrain.config import Refused, load, schema
 from maxtrain.models.decoder import Decoder
 from maxtrain.models.families.family import function
+from maxtrain.parallel import mesh
 from maxtrain.parallel.sharding import path_name
+from maxtrain.training.loop import Trainer
 
 library = pytest.importorskip("gguf")
 
@@ -56,6 +59,112 @@ def test_k_quants_are_read(kind, tmp_path):
     tensor = tensors["blk.0.ffn_up.weight"]
     assert tensor.shape == (4, 2 * block)
     np.testing.assert_array_equal(found.dequantize(tensor.read(str(tmp_path / "k.gguf")), tensor.kind), library.dequantize(raw, type_))
+
+
+def test_training_starts_from_a_file(tmp_path, cache_dir, monkeypatch):
+    make_gguf(tmp_path / "m.gguf", kind="Q8_0")
+    start = arrays_of(tmp_path / "m.gguf", MODEL)
+    make_mesh = mesh.make_mesh
+    monkeypatch.setattr(mesh, "make_mesh", lambda cfg: make_mesh(cfg, jax.devices()[:1]))
+    keys = {"model.init_from": tmp_path / "m.gguf", "run.dir": tmp_path / "run", "data.cache_dir": cache_dir, "train.steps": 2}
+    keys |= {"data.sources": "{s: {kind: synthetic, num_documents: 40, document_length: 60}}", "data.length": 32, "data.batch_size": 8}
+    keys |= {"schedule.learning_rate": 1e-6, "metrics.sinks": "[jsonl]", "run.compile_cache": "null", "model.layers": "unroll"}
+    trainer = Trainer(load(None, [f"{key}={value}" for key, value in keys.items()]).config)
+    trainer.fit()
+    assert trainer.config.model.embed == MODEL.embed
+    for path, leaf in jax.tree_util.tree_flatten_with_path(trainer.state.model)[0]:
+        moved = np.abs(np.asarray(leaf) - np.asarray(start[path_name(path)]))
+        assert 0 < moved.max() < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
+def test_whole_quantised_model_is_that_of_transformers(kind, tmp_path):
+    """The same file, read and dequantised by transformers: the same logits."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    model = MODEL.model_copy(update={"embed": 256, "mlp": 256, "num_layers": 2})
+    make_gguf(tmp_path / "m.gguf", model, kind=kind)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype="float32", attn_implementation="eager")
+    tokens = np.random.default_rng(0).integers(0, 259, (1, 30)).astype(np.int32)
+    with torch.no_grad():
+        want = theirs(torch.tensor(tokens)).logits.numpy()
+    got = maxtrain.load(tmp_path / "m.gguf")(tokens)
+    assert np.abs(got - want).max() < 1e-4 * np.abs(want).max()
+
+
+SIZES = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "vocab_size": 97, "intermediate_size": 80}
+SIZES |= {"num_hidden_layers": 3, "max_position_embeddings": 64}
+GEMMA = SIZES | {"num_hidden_layers": 7, "head_dim": 256, "num_attention_heads": 2, "num_key_value_heads": 1, "sliding_window": 9}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 768, "norm_topk_prob": True}
+OTHERS = {  # architecture: what transformers calls it, its config
+    "qwen2": ("qwen2", SIZES | {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", SIZES | {"head_dim": 128}),
+    "qwen3moe": ("qwen3_moe", SIZES | EXPERTS | {"head_dim": 16}),
+    "gemma2": ("gemma2", GEMMA),
+    "gemma3": ("gemma3_text", GEMMA | {"num_hidden_layers": 8}),
+    "phi3": ("phi3", SIZES | {"pad_token_id": 0}),
+}
+
+
+def write_like(path, architecture, folder):
+    """The folder's model as llama.cpp's converter writes it."""
+    source = huggingface.Folder(folder)
+    model, name = source.model, architecture
+    writer = library.GGUFWriter(path, name)
+    numbers = {"vocab_size": model.vocab_size, "block_count": model.num_layers, "context_length": model.max_length}
+    numbers |= {"embedding_length": model.embed, "feed_forward_length": model.mlp, "attention.head_count": model.num_heads}
+    numbers |= {"attention.head_count_kv": model.num_kv_heads, "attention.key_length": model.head_width}
+    numbers |= {"attention.value_length": model.head_width, "rope.dimension_count": model.head_width}
+    window = next((slot.window for slot in model.slots.values() if slot.window), None)
+    numbers |= {"attention.sliding_window": window} if window else {}
+    if model.moe is not None:
+        numbers |= {"expert_count": model.moe.num_experts, "expert_used_count": model.moe.experts_per_token}
+        numbers |= {"expert_feed_forward_length": model.moe.mlp}
+    decimals = {"attention.layer_norm_rms_epsilon": model.norm_eps, "rope.freq_base": model.rope.theta}
+    decimals |= {"attn_logit_softcapping": model.attention_softcap} if model.attention_softcap else {}
+    decimals |= {"final_logit_softcapping": model.final_softcap} if model.final_softcap else {}
+    for key, value in numbers.items():
+        writer.add_uint32(f"{name}.{key}", value)
+    for key, value in decimals.items():
+        writer.add_float32(f"{name}.{key}", value)
+    kind = next(kind for kind, known in library.MODEL_ARCH_NAMES.items() if known == name)
+    table, stacks = library.get_tensor_name_map(kind, model.num_layers), {}
+    for tensor in sorted(source.shapes):
+        array = source.read(tensor) + (tensor.endswith("norm.weight") and name.startswith("gemma"))
+        before, expert, after = tensor.partition(".experts.")
+        stacks.setdefault(before + ".experts" + after[after.index(".") :] if expert else tensor, []).append(array)
+    for tensor, array in stacks.items():
+        whole = np.stack(array) if ".experts." in tensor else array[0]
+        writer.add_tensor(table.get_name(tensor, try_suffixes=(".weight", ".bias")), np.ascontiguousarray(whole, np.float32))
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", OTHERS)
+def test_other_architectures_are_those_of_transformers(architecture, tmp_path):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    family, sizes = OTHERS[architecture]
+    torch.manual_seed(0)
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes), attn_implementation="eager").eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.3) if parameter.ndim > 1 else torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    theirs.save_pretrained(tmp_path / "hf")
+    write_like(tmp_path / "m.gguf", architecture, tmp_path / "hf")
+    tokens = np.random.default_rng(0).integers(1, 97, (2, 40)).astype(np.int32)
+    with torch.no_grad():
+        want = theirs(torch.tensor(tokens)).logits.numpy()
+    model = maxtrain.load(tmp_path / "m.gguf")
+    options = {"dtype": "float32", "attn_implementation": "eager"} | ({"pad_token_id": 0} if family == "phi3" else {})
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", **options)
+    with torch.no_grad():  # so that what is particular to the architecture is not ours alone
+        assert np.abs(again(torch.tensor(tokens)).logits.numpy() - want).max() < 1e-5 * np.abs(want).max()
+    assert function(gguf.File(tmp_path / "m.gguf").model) == function(huggingface.Folder(tmp_path / "hf").model)
+    assert np.abs(model(tokens) - want).max() < 1e-4 * np.abs(want).max()
 
 
 @pytest.mark.parametrize("share", [0, 0.00001, 0.001, 0.02, 0.5, 0.999])

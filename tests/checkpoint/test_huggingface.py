@@ -1,6 +1,7 @@
 """Folders in Hugging Face's format: round trips, quantised weights against plain loops, and hostile files."""
 
 import json
+import pathlib
 import pickle
 
 import jax
@@ -11,6 +12,7 @@ from folders import MIXTURE, MODEL, edit_header, edit_json, make_folder
 
 from maxtrain.checkpoint import huggingface, safetensors, weights
 from maxtrain.config import Refused, schema
+from maxtrain.data import tokenizer
 from maxtrain.models.decoder import Decoder
 from maxtrain.parallel.sharding import path_name
 
@@ -93,6 +95,77 @@ def test_quantised_folder(tmp_path):
     make_folder(tmp_path / "m")
     want = quantise(tmp_path / "m")
     np.testing.assert_array_equal(arrays_of(tmp_path / "m", MODEL)["body/0/layers/0/feed_forward/up"], want.T)
+
+
+OSS = schema.Model(
+    vocab_size=97,
+    embed=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    max_length=64,
+    qkv_bias=True,
+    out_bias=True,
+    attention_sinks=True,
+    activation="clamped_swiglu",
+    tie_embeddings=False,
+    moe=schema.Moe(num_experts=3, experts_per_token=2, mlp=32, norm_topk=True, router_bias=True, expert_bias=True),
+    slots={"layer": schema.Slot(feed_forward="moe")},
+)
+
+
+@pytest.mark.slow
+def test_mxfp4_folder(tmp_path):
+    """A folder as GPT-OSS is published, against the unpacking of transformers."""
+    convert = pytest.importorskip("transformers.integrations.mxfp4").convert_moe_packed_tensors
+    import torch
+
+    want = dict(make_folder(tmp_path / "m", OSS))
+    tensors = {name: tensor.read() for name, tensor in safetensors.read_header(tmp_path / "m" / huggingface.SINGLE).items()}
+    draws, packed, floats = np.random.default_rng(0), {}, {}
+    for name, array in tensors.items():
+        if not name.endswith(("gate_up_proj", "down_proj")):
+            floats[name] = array
+            continue
+        experts, rows, columns = array.shape
+        blocks = draws.integers(0, 256, (experts, columns, rows // 32, 16), dtype=np.uint8)
+        scales = draws.integers(118, 130, blocks.shape[:3], dtype=np.uint8)
+        packed |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        whole = convert(torch.tensor(blocks), torch.tensor(scales), dtype=torch.float32).numpy()
+        assert whole.shape == array.shape
+        layer = f"body/{name.split('.')[2]}/layers/0/feed_forward/"
+        parts = {"gate": whole[..., 0::2], "up": whole[..., 1::2]} if "gate_up" in name else {"down": whole}
+        want |= {layer + part: values for part, values in parts.items()}
+    for file, items in {"a.safetensors": floats, "b.safetensors": packed}.items():
+        shapes, kind = {key: array.shape for key, array in items.items()}, next(iter(items.values())).dtype
+        safetensors.write(tmp_path / "m" / file, shapes, kind, items.items())
+    (tmp_path / "m" / huggingface.SINGLE).unlink()
+    where = dict.fromkeys(floats, "a.safetensors") | dict.fromkeys(packed, "b.safetensors")
+    (tmp_path / "m" / huggingface.INDEX).write_text(json.dumps({"weight_map": where}))
+    edit_json(tmp_path / "m" / "config.json", lambda config: config.update(quantization_config={"quant_method": "mxfp4"}))
+    for name, array in arrays_of(tmp_path / "m", OSS).items():
+        np.testing.assert_array_equal(array, want[name], err_msg=name)
+
+
+@pytest.mark.slow
+def test_sentencepiece_model_becomes_a_tokenizer(tmp_path):
+    """tokenizer.model alone beside the weights: the folder it is copied to encodes as SentencePiece does."""
+    pytest.importorskip("transformers")
+    library = pytest.importorskip("sentencepiece")
+    lines = [" ".join(words) for words in np.array_split(pathlib.Path(json.__file__).read_text().split(), 40)]
+    make_folder(tmp_path / "m")
+    library.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_prefix=str(tmp_path / "m" / "tokenizer"), model_type="bpe", vocab_size=259,
+        byte_fallback=False, character_coverage=1.0, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "m" / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", "legacy": False}))
+    assert huggingface.copy_tokenizer(tmp_path / "m", tmp_path / "out")
+    ours = tokenizer.load_saved(tmp_path / "out")
+    reference = library.SentencePieceProcessor(model_file=str(tmp_path / "m" / "tokenizer.model"))
+    for line in lines:
+        assert list(ours.encode(line)) == reference.encode(line)
+        assert ours.decode(reference.encode(line)) == line
 
 
 @pytest.mark.parametrize("section", [{"quant_method": "awq"}, {"weight_block_size": [64, 64]}])
