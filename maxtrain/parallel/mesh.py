@@ -102,15 +102,23 @@ def resolve(config: schema.Config, mesh: jax.sharding.Mesh) -> schema.Config:
     Raises:
         Refused: the batch, its sequences or the heads do not divide over the devices.
     """
-    layout = Layout(mesh, config.mesh.rules)
-    _check_batch(config, layout.parts("batch"))
-    _check_parts(config, layout)
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    check(config, Layout(mesh, config.mesh.rules))
+    return settle(config, mesh.devices.flat[0].platform == "cpu")
+
+
+def settle(config: schema.Config, on_cpu: bool) -> schema.Config:
+    """The config with every `auto` settled for CPUs, or for accelerators."""
     settled = {
         "model": {"layers": "unroll" if on_cpu else "scan"} if config.model.layers == "auto" else {},
         "precision": {"compute": "float32" if on_cpu else "bfloat16"} if config.precision.compute == "auto" else {},
     }
     return config.model_copy(update={name: getattr(config, name).model_copy(update=new) for name, new in settled.items() if new})
+
+
+def check(config: schema.Config, layout: Layout) -> None:
+    """Raise `Refused` if batch, sequences or heads do not divide over the devices of a layout."""
+    _check_batch(config, layout.parts("batch"))
+    _check_parts(config, layout)
 
 
 def _check_batch(config: schema.Config, shards: int) -> None:

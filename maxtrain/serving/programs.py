@@ -96,18 +96,11 @@ class Programs:
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:
         """Compile everything ahead of time, while what stands within goes on."""
-        places = sharding.shardings(self._model, self.layout)
-        described = jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), self._model, places)
-
-        def abstract(tree: Any) -> Any:
-            return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=self.layout.sharding()), tree)
-
-        model, kept, vocab = self.lay_out(described), jax.tree.map(lambda s: s.sharding, self.spec), self.config.vocab_size
+        kept, vocab = jax.tree.map(lambda s: s.sharding, self.spec), self.config.vocab_size
+        lowered = [*self.lower(self.shapes)]
         with sharding.use(self.layout):
-            step = jax.jit(make_step(self.valid, self.num_guesses), donate_argnums=1, out_shardings=(kept, self.layout.sharding()))
-            lowered = [step.lower(model, self.spec, abstract(self.inputs(shape))) for shape in self.shapes]
             rows = (np.int32(0), np.zeros(vocab, np.int32), np.zeros(vocab, np.float32))
-            lowered.append(jax.jit(mark, donate_argnums=0, out_shardings=kept).lower(self.spec, *abstract(rows)))
+            lowered.append(jax.jit(mark, donate_argnums=0, out_shardings=kept).lower(self.spec, *self._abstract(rows)))
             zeros = jax.jit(lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self.spec), out_shardings=kept)
             lowered.append(zeros.lower())
         with ThreadPoolExecutor(2) as pool:
@@ -115,6 +108,23 @@ class Programs:
             yield
             *steps, self._mark, self._zeros = compiled
         self._steps = dict(zip(self.shapes, steps, strict=True))
+
+    def lower(self, shapes: Iterable[Shape]) -> Iterator[Any]:
+        """The step of each shape, ready to compile."""
+        kept, model = jax.tree.map(lambda s: s.sharding, self.spec), self.lay_out(self.weights)
+        with sharding.use(self.layout):
+            step = jax.jit(make_step(self.valid, self.num_guesses), donate_argnums=1, out_shardings=(kept, self.layout.sharding()))
+            for shape in shapes:
+                yield step.lower(model, self.spec, self._abstract(self.inputs(shape)))
+
+    @property
+    def weights(self) -> Any:
+        """The model as shapes, formats and shardings."""
+        places = sharding.shardings(self._model, self.layout)
+        return jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), self._model, places)
+
+    def _abstract(self, tree: Any) -> Any:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=self.layout.sharding()), tree)
 
     def inputs(self, shape: Shape) -> Inputs:
         """Inputs of a step in which nothing happens, to be filled."""

@@ -13,28 +13,41 @@ import jax.numpy as jnp
 
 
 class Chip(NamedTuple):
-    """Of one device as jax counts them: dense bfloat16 TFLOP/s and memory in GiB, from the vendors' data sheets."""
+    """Of one device as jax counts them, from the vendors' data sheets; networks as in "How to Scale Your Model" (jax-ml.github.io)."""
 
     tflops: float
+    """Dense bfloat16 TFLOP/s."""
     memory: float
+    """GiB."""
+    bandwidth: float
+    """GB/s of that memory."""
+    ici: float | None = None
+    """GB/s of the links along one axis of the torus, both directions together; None where there is no torus."""
+    dcn: float | None = None
+    """GB/s between slices."""
 
 
 CHIPS = {  # the first key that begins the device kind is taken
-    "TPU v4": Chip(275, 32),
-    "TPU v5 lite": Chip(197, 16),
-    "TPU v5e": Chip(197, 16),
-    "TPU v5p": Chip(459, 95),
-    "TPU v5": Chip(459, 95),
-    "TPU v6 lite": Chip(918, 32),
-    "TPU v6e": Chip(918, 32),
-    "TPU7x": Chip(1153.5, 96),  # two devices a chip
-    "NVIDIA L4": Chip(121, 24),
-    "NVIDIA A100": Chip(312, 80),
-    "NVIDIA H100": Chip(989, 80),
-    "NVIDIA H200": Chip(989, 141),
-    "NVIDIA B200": Chip(2250, 180),
-    "AMD Instinct MI300X": Chip(1307, 192),
+    "TPU v4": Chip(275, 32, 1200, 90, 6.25),
+    "TPU v5 lite": Chip(197, 16, 819, 90, 6.25),
+    "TPU v5e": Chip(197, 16, 819, 90, 6.25),
+    "TPU v5p": Chip(459, 95, 2765, 180, 6.25),
+    "TPU v5": Chip(459, 95, 2765, 180, 6.25),
+    "TPU v6 lite": Chip(918, 32, 1638, 180, 12.5),
+    "TPU v6e": Chip(918, 32, 1638, 180, 12.5),
+    "TPU7x": Chip(1153.5, 96, 3690, 100, 6.25),  # two devices a chip share its memory, links and host
+    "NVIDIA L4": Chip(121, 24, 300),
+    "NVIDIA A100": Chip(312, 80, 2039),
+    "NVIDIA H100": Chip(989, 80, 3350),
+    "NVIDIA H200": Chip(989, 141, 4800),
+    "NVIDIA B200": Chip(2250, 180, 8000),
+    "AMD Instinct MI300X": Chip(1307, 192, 5300),
 }
+
+
+def chip(device: jax.Device) -> Chip | None:
+    """The data sheet of an accelerator; None if it is not in the table."""
+    return next((sheet for name, sheet in CHIPS.items() if device.device_kind.startswith(name)), None)
 
 
 def peak_tflops(device: jax.Device, cache: str = "~/.cache/maxtrain/peak.json") -> float | None:
@@ -43,7 +56,8 @@ def peak_tflops(device: jax.Device, cache: str = "~/.cache/maxtrain/peak.json") 
     The devices of one CPU share its cores: each is given its share of the measured peak.
     """
     if device.platform != "cpu":
-        return next((chip.tflops for name, chip in CHIPS.items() if device.device_kind.startswith(name)), None)
+        sheet = chip(device)
+        return None if sheet is None else sheet.tflops
     key, path = f"{_cpu_name()} x {os.cpu_count()}", os.path.expanduser(cache)
     try:
         with open(path) as file:

@@ -1,0 +1,242 @@
+"""Memory and time of a train step on one device, by arithmetic: what the planner searches with and a report is compared to.
+
+Memory counts what XLA keeps at the same time in the backward pass. Time is a roofline: the larger of products at the chip's peak and
+memory at its bandwidth, plus what the networks cannot hide behind them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+
+from maxtrain.config import schema
+from maxtrain.models import flops
+from maxtrain.models.decoder import Decoder
+from maxtrain.ops.attention import MAX_BLOCKS, MIN_BLOCK
+from maxtrain.parallel.sharding import Axes, Layout, is_param, param_axes, path_name
+from maxtrain.training.collectives import Collective
+from maxtrain.training.hardware import Chip
+from maxtrain.training.optimizer import make_optimizer
+
+HIDDEN = {"stage", "data", "fsdp"}  # mesh axes whose traffic runs beside the products: weights and gradients
+REPEATED = {"none": (), "dots": ("attention",), "full": ("projections", "attention", "feed_forward")}  # parts computed again
+
+
+class Leaf(NamedTuple):
+    """An array of the state."""
+
+    name: str
+    axes: Axes
+    shape: tuple[int, ...]
+    width: int
+    """Bytes of an element."""
+
+    def elements(self, layout: Layout) -> int:
+        """On one device."""
+        return math.prod(-(-size // layout.parts(axis)) for size, axis in zip(self.shape, self.axes, strict=True))
+
+
+def leaves(tree: Any) -> list[Leaf]:
+    """The parameters, or moments in their likeness, of a described pytree."""
+    found = []
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_param)[0]:
+        if is_param(leaf):
+            value = leaf.get_value()
+            found.append(Leaf(path_name(path), param_axes(leaf), value.shape, value.dtype.itemsize))
+    return found
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a train step does, whatever the mesh."""
+
+    config: schema.Config
+    parameters: list[Leaf]
+    moments: list[Leaf]
+
+    @classmethod
+    def of(cls, config: schema.Config) -> Work:
+        """Of a resolved config."""
+        model = Decoder(config.model, config.precision, config.remat)
+        return cls(config, leaves(model), leaves(jax.eval_shape(make_optimizer(config.optimizer, config.precision).init, model)))
+
+    @property
+    def model_flops(self) -> float:
+        """Operations of a step, by the count that MFU is defined with."""
+        return flops.training(self.config.model, self.config.data.length) * self.config.data.batch_size * self.config.data.length
+
+    @property
+    def hardware_flops(self) -> float:
+        """Operations of a step with those that rematerialisation and attention's backward pass repeat."""
+        forward = flops.forward(self.config.model, self.config.data.length, training=True)
+        again = sum(forward[part] for part in REPEATED[self.config.remat.policy]) + forward["attention"] / 2
+        return self.model_flops + again * self.config.data.batch_size * self.config.data.length
+
+    def local_tokens(self, layout: Layout, axis: str) -> int:
+        """Tokens of a microbatch on one device, its sequences split over the devices of `length` or `residual`."""
+        tokens = self.config.data.batch_size * self.config.data.length // self.config.train.microbatches
+        return -(-tokens // (layout.parts("batch") * layout.parts(axis)))
+
+    def layer(self, layout: Layout, gathered: bool) -> float:
+        """Parameters of a layer on one device, as an average; gathered for its products, or as they are kept."""
+        split = Layout(layout.mesh, {**layout.rules, "embed": (), "layers": ()}) if gathered else layout
+        body = [leaf for leaf in self.parameters if leaf.name.startswith(("prefix/", "body/", "remainder/"))]
+        return sum(leaf.elements(split) for leaf in body) / self.config.model.num_layers
+
+
+# ------------------------------------------------------------------------------------------------------ memory
+
+
+def memory(work: Work, layout: Layout) -> dict[str, float]:
+    """Bytes on one device, by kind."""
+    config, model = work.config, work.config.model
+    width = 2 if config.precision.compute == "bfloat16" else 4
+    parameters = sum(leaf.elements(layout) for leaf in work.parameters)
+    tokens, resting = work.local_tokens(layout, "length"), work.local_tokens(layout, "residual")
+    vocab = model.vocab_size / layout.parts("vocab")
+    chunk = tokens * min(1.0, config.train.loss_chunk / config.data.length)
+    return {
+        "parameters": float(sum(leaf.elements(layout) * leaf.width for leaf in work.parameters)),
+        "optimizer": float(sum(leaf.elements(layout) * leaf.width for leaf in work.moments)),
+        "batch": 5.0 * 4 * config.data.batch_size * config.data.length / layout.parts("batch") / layout.parts("length"),
+        "gradients": 4.0 * parameters * (2 if config.train.microbatches > 1 else 1),
+        "weights in use": width * (parameters + 2 * work.layer(layout, gathered=True)) + (width + 4) * vocab * model.embed,
+        "kept activations": width * sum(_kept(config, layout, name, tokens, resting) for name in model.trained_kinds),
+        "a layer at work": max(_working(config, layout, name, tokens, width) for name in model.trained_kinds),
+        "logits": 8.0 * chunk * vocab,
+    }
+
+
+def _widths(config: schema.Config, layout: Layout, name: str) -> tuple[float, float]:
+    """Elements a token takes on one device between the products of attention, and of the feed-forward."""
+    model, slot = config.model, config.model.slots[name]
+    heads = (model.num_heads * (model.head_width + model.value_width) + 2 * model.kv_heads * model.head_width) / layout.parts("heads")
+    if slot.feed_forward == "dense" or model.moe is None:
+        return heads, 2 * model.mlp / layout.parts("mlp")
+    moe = model.moe
+    return heads, 2 * (moe.mlp * moe.experts_per_token + (moe.shared_mlp or 0)) / layout.parts("mlp")
+
+
+def _kept(config: schema.Config, layout: Layout, name: str, tokens: int, resting: int) -> float:
+    """Elements that a layer keeps for its backward pass."""
+    embed, (attention, hidden) = config.model.embed, _widths(config, layout, name)
+    if config.remat.policy == "full":
+        return resting * embed
+    products = tokens * (attention + hidden) + resting * 2 * embed
+    return products + resting * embed if config.remat.policy == "dots" else products * 2 + tokens * 2 * embed
+
+
+def _working(config: schema.Config, layout: Layout, name: str, tokens: int, width: int) -> float:
+    """Bytes that the backward pass of one layer takes while it runs."""
+    model, length = config.model, config.data.length
+    attention, hidden = _widths(config, layout, name)
+    block = max(MIN_BLOCK, -(-length // MAX_BLOCKS))
+    scores = tokens / length * layout.parts("length") * model.num_heads / layout.parts("heads") * block * length * (4 + 4 + width)
+    moe = model.moe if model.slots[name].feed_forward == "moe" else None
+    routed = 0.0 if moe is None else 4 * width * tokens * moe.experts_per_token * model.embed
+    return width * tokens * (4 * model.embed + 2 * attention + 2 * hidden) + scores + routed
+
+
+# -------------------------------------------------------------------------------------------------------- time
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds of a step that each resource of a device takes."""
+
+    compute: float
+    memory: float
+    hidden: Mapping[str, float] = field(default_factory=dict)
+    """By network (ICI, DCN), of traffic that can run beside the products."""
+    exposed: float = 0.0
+    """Of traffic that the products wait for."""
+
+    @property
+    def step(self) -> float:
+        """Of the step."""
+        return max(self.compute, self.memory, *self.hidden.values(), 0.0) + self.exposed
+
+    @property
+    def bound(self) -> str:
+        """What takes longest."""
+        parts = {"compute": self.compute, "memory": self.memory, **self.hidden, "exposed ICI": self.exposed}
+        return max(parts, key=lambda name: parts[name])
+
+
+def time(work: Work, layout: Layout, chip: Chip, traffic: Iterable[Collective]) -> Time:
+    """The roofline of a step with these collectives."""
+    devices, hidden, exposed = layout.mesh.size, {"ICI": 0.0, "DCN": 0.0}, 0.0
+    for item in traffic:
+        seconds = network_seconds(item, chip)
+        if item.network == "ICI" and not set(item.axes) <= HIDDEN:
+            exposed += seconds
+        else:
+            hidden[item.network] += seconds
+    used = {name: seconds for name, seconds in hidden.items() if seconds}
+    return Time(work.hardware_flops / devices / chip.tflops / 1e12, memory_traffic(work, layout) / chip.bandwidth / 1e9, used, exposed)
+
+
+def network_seconds(item: Collective, chip: Chip) -> float:
+    """Of a collective in a step, on a ring that uses one axis of the torus both ways; all-to-all passes a quarter of it."""
+    speed = chip.dcn if item.network == "DCN" else chip.ici
+    hops = max(1.0, item.group / 4) if "all-to-all" in item.kind and item.network == "ICI" else 1.0
+    return item.sent * item.runs * hops / ((speed or math.inf) * 1e9)
+
+
+def memory_traffic(work: Work, layout: Layout) -> float:
+    """Bytes that a device reads and writes in its memory: state, weights for each pass, and what passes between products."""
+    config = work.config
+    width = 2 if config.precision.compute == "bfloat16" else 4
+    passes = (3 if config.remat.policy == "none" else 4) * config.train.microbatches
+    kept = memory(work, layout)
+    weights = width * work.layer(layout, gathered=True) * config.model.num_layers * passes
+    between = kept["a layer at work"] * len(config.model.trained_kinds) * 2 * config.train.microbatches
+    return 2 * (kept["parameters"] + kept["optimizer"] + kept["gradients"]) + weights + between
+
+
+def traffic(work: Work, layout: Layout, slices: Mapping[str, int]) -> list[Collective]:
+    """The collectives of a step that the layout calls for; `slices` is how many each mesh axis spans."""
+    config, model, found = work.config, work.config.model, list[Collective]()
+    width, micro = (2 if config.precision.compute == "bfloat16" else 4), config.train.microbatches
+    remat = config.remat.policy == "full"
+
+    def add(kind: str, axes: tuple[str, ...], size: float, count: float) -> None:
+        across = math.prod(slices.get(axis, 1) for axis in axes)
+        group = math.prod(layout.mesh.shape[axis] for axis in axes)
+        for network, n in (("ICI", group // across), ("DCN", across)):  # within slices first, the rest between them
+            if n > 1:
+                part = size / (group // across if network == "DCN" else 1)
+                found.append(Collective(kind, axes, network, size, part * _share(kind, n), round(count), n))
+
+    gathered = [leaf.elements(Layout(layout.mesh, {**layout.rules, "embed": ()})) for leaf in work.parameters]
+    shards = layout.split("embed")
+    if shards:
+        add("all-gather", shards, width * sum(gathered), 2 * micro)
+        add("reduce-scatter", shards, width * sum(gathered), micro)
+    replicas = tuple(axis for axis in layout.split("batch") if axis not in shards and axis not in layout.split("expert"))
+    if replicas:
+        add("all-reduce", replicas, 4 * sum(leaf.elements(layout) for leaf in work.parameters), micro)
+    layers, tokens = len(model.trained_kinds), work.local_tokens(layout, "length")
+    tensor = layout.split("heads")
+    if tensor:
+        add("all-gather", tensor, width * tokens * model.embed, layers * (6 + 2 * remat) * micro)
+        add("reduce-scatter", tensor, width * tokens * model.embed, layers * (4 + remat) * micro)
+    context = layout.split("length")
+    if context:
+        keys = 2 * model.kv_heads * model.head_width / layout.parts("heads")
+        whole = width * tokens * layout.parts("length") * keys
+        add("all-gather", context, whole, layers * (1 + remat) * micro)
+        add("reduce-scatter", context, whole, layers * micro)
+    experts, moe = layout.split("expert"), model.moe
+    if experts and moe is not None:
+        routed = sum(model.slots[name].feed_forward == "moe" for name in model.trained_kinds)
+        add("all-to-all", experts, width * tokens * moe.experts_per_token * model.embed, routed * (4 + 2 * remat) * micro)
+    return found
+
+
+def _share(kind: str, n: int) -> float:
+    return (2 if kind == "all-reduce" else 1) * (n - 1) / n

@@ -1,0 +1,90 @@
+"""The entry `compile`: what it refuses, and in the long tier reports for slices of TPUs; nothing is executed."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from maxtrain.compile import main
+from maxtrain.config import Refused
+from maxtrain.training.topology import devices_of
+
+ROOT = pathlib.Path(__file__).parents[1]
+TINY = "configs/models/llama-tiny.yml"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "topology is missing"),
+        (["topology=v5e"], "topology=v5e: a generation and its chips are expected"),
+        (["topology=v9:2x2"], "generations: v5e, v6e, v5p, tpu7x"),
+        (["topology=v5e:3x3"], "v5e has no such slice: there are 1x1, 2x2"),
+        (["topology=v5p:4x4x6"], "v5p has no such slice: .* multiples of 4x4x4 up to 24"),
+        (["topology=v5e:2x2", "slices=two"], "slices=two: a number is expected"),
+        (["topology=v5e:2x2", "slices=0"], "slices=0: at least one slice"),
+        (["topology=v5e:2x2", "decode=yes"], "decode=yes: true or false"),
+        (["topology=v5e:2x2", "mesh.tensr=2"], "tensor"),
+    ],
+)
+def test_refusals(words, message):
+    with pytest.raises(Refused, match=message):
+        main([TINY, *words])
+
+
+def run(*words, code=0):
+    """What the entry prints, in a process of its own."""
+    pytest.importorskip("libtpu")
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    command = [sys.executable, "-m", "maxtrain.compile", *words]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=550)
+    assert done.returncode == code, done.stdout[-1000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def figure(text, name, column=1):
+    """The number in a row of a table."""
+    (row,) = re.findall(rf"^ +{re.escape(name)}  +(.*)$", text, re.M)
+    return float(row.split()[column - 1].replace(",", "").rstrip("%"))
+
+
+WIDE = ["data.batch_size=16", "data.length=1024", "model.embed=512", "model.mlp=1024", "model.num_layers=4"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["v5e:1x1", "v6e:4x4", "v5p:4x4x4", "tpu7x:2x2x1"])
+def test_slices_have_their_devices(name):
+    pytest.importorskip("libtpu")
+    chips = eval(name.partition(":")[2].replace("x", "*"))
+    assert len(devices_of(name)) == chips * (2 if name.startswith("tpu7x") else 1)
+    assert len({device.slice_index for device in devices_of(name, 2)}) == 2
+
+
+@pytest.mark.slow
+def test_report_of_a_step_on_two_slices():
+    """Gradients go between the slices, weights do not; the estimate of the arguments is the compiler's to 10%."""
+    text = run(TINY, "topology=v5e:2x2", "slices=2", "mesh.dcn.data=2", *WIDE)
+    networks = {(row.split()[1], row.split()[2]) for row in text.splitlines() if re.search(r" (ICI|DCN) ", row)}
+    assert ("data", "DCN") in networks or ("data+fsdp", "DCN") in networks
+    assert all(axes != "fsdp" for axes, network in networks if network == "DCN")
+    assert figure(text, "tokens/s at most") > 0
+
+
+@pytest.mark.slow
+def test_report_of_decoding():
+    text = run(TINY, "topology=v5e:2x2", "decode=true", "mesh.tensor=2", "model.embed=512", "serve.memory_gib=0.25")
+    assert figure(text, "cache") == pytest.approx(0.25, abs=0.02)
+    assert "all-reduce" in text
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_comes_with_advice():
+    """And the advice, taken, fits."""
+    big = ["configs/models/llama3.2-3b.yml", "topology=v5e:2x4", "data.batch_size=64", "data.length=2048", "model.num_layers=8"]
+    text = run(*big, code=1)
+    assert "does not fit" in text
+    advice = re.search(r"By estimate these would fit:\n  (.*?)  \(", text)[1].split()
+    assert "compiled in" in run(*big, *advice)
