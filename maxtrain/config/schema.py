@@ -112,6 +112,8 @@ class Mesh(Section):
         layers=("stage",),
     )
     """Which mesh axes each logical axis is split over; `residual` are the tokens between layers. An axis that is not named is not split."""
+    zero1: bool = False
+    """Split the optimizer's moments also over `data` (ZeRO stage 1): each replica updates its part of the parameters."""
     coordinator: str | None = None
     """`host:port` of process 0 when several processes train together; null for one process or detection by the cluster."""
     num_processes: PositiveInt | Literal["auto"] = 1

@@ -96,6 +96,11 @@ def make_mesh(cfg: schema.Mesh, devices: Sequence[jax.Device] | None = None) -> 
     return jax.sharding.Mesh(grid.reshape(total), AXES, axis_types=auto)
 
 
+def optimizer_layout(cfg: schema.Mesh, layout: Layout) -> Layout:
+    """The layout of the optimizer's moments."""
+    return Layout(layout.mesh, {**layout.rules, "embed": (*layout.rules.get("embed", ()), "data")}) if cfg.zero1 else layout
+
+
 def resolve(config: schema.Config, mesh: jax.sharding.Mesh) -> schema.Config:
     """The config with every `auto` settled for the mesh's platform.
 
@@ -119,6 +124,8 @@ def check(config: schema.Config, layout: Layout) -> None:
     """Raise `Refused` if batch, sequences or heads do not divide over the devices of a layout."""
     _check_batch(config, layout.parts("batch"))
     _check_parts(config, layout)
+    if config.mesh.zero1 and (layout.mesh.shape["data"] == 1 or "data" in layout.rules.get("embed", ())):
+        raise Refused("mesh.zero1 has no effect: there are no replicas (mesh.data=1, or mesh.rules.embed names data): remove it")
 
 
 def _check_batch(config: schema.Config, shards: int) -> None:

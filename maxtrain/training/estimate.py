@@ -17,6 +17,7 @@ from maxtrain.config import schema
 from maxtrain.models import flops
 from maxtrain.models.decoder import Decoder
 from maxtrain.ops.attention import MAX_BLOCKS, MIN_BLOCK
+from maxtrain.parallel.mesh import optimizer_layout
 from maxtrain.parallel.sharding import Axes, Layout, is_param, param_axes, path_name
 from maxtrain.training.collectives import Collective
 from maxtrain.training.hardware import Chip
@@ -101,7 +102,7 @@ def memory(work: Work, layout: Layout) -> dict[str, float]:
     chunk = tokens * min(1.0, config.train.loss_chunk / config.data.length)
     return {
         "parameters": float(sum(leaf.elements(layout) * leaf.width for leaf in work.parameters)),
-        "optimizer": float(sum(leaf.elements(layout) * leaf.width for leaf in work.moments)),
+        "optimizer": float(sum(leaf.elements(optimizer_layout(config.mesh, layout)) * leaf.width for leaf in work.moments)),
         "batch": 5.0 * 4 * config.data.batch_size * config.data.length / layout.parts("batch") / layout.parts("length"),
         "gradients": 4.0 * parameters * (2 if config.train.microbatches > 1 else 1),
         "weights in use": width * (parameters + 2 * work.layer(layout, gathered=True)) + (width + 4) * vocab * model.embed,

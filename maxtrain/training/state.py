@@ -16,6 +16,7 @@ import optax
 
 from maxtrain.config import schema
 from maxtrain.models.decoder import Decoder
+from maxtrain.parallel.mesh import optimizer_layout
 from maxtrain.parallel.sharding import Layout, check_placement, initialise, path_name, shardings, stacked_name
 
 
@@ -50,7 +51,9 @@ def describe(config: schema.Config, optimizer: optax.GradientTransformation, lay
     scalar: Any = jax.ShapeDtypeStruct((), jnp.int32)
     window: Any = jax.ShapeDtypeStruct((config.guard.window,), jnp.float32)
     state = TrainState(model, jax.eval_shape(optimizer.init, model), scalar, scalar, Guard(window, window, scalar, scalar))
-    return jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), state, shardings(state, layout))
+    places = shardings(state, layout)
+    places = places.replace(opt_state=shardings(state.opt_state, optimizer_layout(config.mesh, layout)))
+    return jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), state, places)
 
 
 def create(like: TrainState, optimizer: optax.GradientTransformation, seed: int, model: Any = None) -> TrainState:

@@ -85,6 +85,7 @@ HELD = {"held": schema.Source(kind="synthetic")}
             {"mesh": schema.Mesh(fsdp=1, tensor=2, context=4), "data": schema.Data(length=36)},
             r"data\.length=36 is not a multiple of the 8 .*context\+tensor",
         ),
+        ({"mesh": schema.Mesh(fsdp=8, zero1=True)}, r"mesh\.zero1 has no effect: there are no replicas"),
         ({"data": schema.Data(batch_size=12)}, r"data\.batch_size=12 .* 8 devices .* multiple of 8"),
         ({"data": schema.Data(batch_size=8), "train": schema.Train(microbatches=2)}, r"4 sequences at a time, .* multiple of 16"),
         (

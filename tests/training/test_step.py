@@ -11,6 +11,7 @@ from programs import BATCH, EXPERTS, LENGTH, MODELS, batches, build, decided_bat
 from maxtrain.checkpoint.orbax import Checkpointer
 from maxtrain.config import schema
 from maxtrain.parallel.sharding import is_param, kind
+from maxtrain.training import dry_run
 from maxtrain.training import state as states
 from maxtrain.training.optimizer import make_schedule
 
@@ -104,6 +105,8 @@ AXES_LONG = [
     (BIASED, {"axes": {"tensor": 4}}),
     (LATENT, {"data": 2, "axes": {"tensor": 2, "context": 2}}),
     (BOXED, {"axes": {"tensor": 2, "expert": 2}}),
+    ("dense", {"data": 4, "fsdp": 2, "axes": {"zero1": True}}),
+    (LATENT, {"data": 2, "microbatches": 2, "axes": {"tensor": 2, "zero1": True}}),
 ]
 
 
@@ -113,6 +116,16 @@ def test_other_axes_change_nothing(model, layout):
     given = batches(10) if model in ("dense", WINDOWED, LATENT) else decided_batches(model, 10)
     reference = one_device(model)[:10] if isinstance(model, str) and model == "dense" else run(build(make_config(model), 2), given)[0]
     assert_same(run(build(make_config(model, **layout), 2), given)[0], reference)
+
+
+def test_zero1_splits_the_moments_alone():
+    """Over all eight devices, the parameters over the two of fsdp; norms have no axis to split."""
+    whole, split = (build(make_config(data=4, fsdp=2, axes={"zero1": on})) for on in (False, True))
+    matrices = [leaf for leaf in jax.tree.leaves(split.state.model) if leaf.size > 64]  # the rest are norms
+    assert dry_run.bytes_per_device(matrices) == sum(leaf.size * 4 // 2 for leaf in matrices)
+    moments = [leaf for leaf in jax.tree.leaves(split.state.opt_state) if leaf.size > 64]
+    assert dry_run.bytes_per_device(moments) == sum(leaf.size * 4 // 8 for leaf in moments)
+    assert dry_run.bytes_per_device(whole.state.opt_state) > 3 * dry_run.bytes_per_device(split.state.opt_state)
 
 
 def test_scan_gives_the_unrolled_losses_and_checkpoint(tmp_path):
