@@ -12,7 +12,7 @@ from maxtrain.config import schema
 from maxtrain.models.layers import Norm, matmul
 from maxtrain.ops import rope
 from maxtrain.ops.attention import Context, Options, attend
-from maxtrain.ops.paged_attention import Cache, cache_spec
+from maxtrain.ops.pages import cache_spec
 from maxtrain.parallel.sharding import param
 
 
@@ -44,7 +44,7 @@ class Attention(nnx.Module):
         normed = {"none": (None, None), "head": (self.width, self.width), "projection": (heads, kv_heads)}[cfg.qk_norm]
         self.q_norm, self.k_norm = (None if size is None else Norm(cfg, size, dtype) for size in normed)
 
-    def __call__(self, x: jax.Array, context: Context, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
+    def __call__(self, x: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any]:
         q, k = (
             self._prepared(*parts)
             for parts in ((matmul(x, self.q, self.q_bias), self.q_norm), (matmul(x, self.k, self.k_bias), self.k_norm))
@@ -69,4 +69,4 @@ class Attention(nnx.Module):
 
     def cache_spec(self, num_pages: int, page_size: int, dtype: jnp.dtype) -> Any:
         """Shape and format of this layer's pool of pages."""
-        return cache_spec(num_pages, page_size, self.num_kv_heads, (self.width, self.width), dtype)
+        return cache_spec(num_pages, page_size, self.num_kv_heads, (self.width, self.width), dtype, self.sinks is not None)

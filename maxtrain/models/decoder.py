@@ -18,6 +18,7 @@ from maxtrain.models.layers import Norm
 from maxtrain.models.mtp import Predictor
 from maxtrain.ops.attention import Context, softcapped
 from maxtrain.ops.linear import rows_product
+from maxtrain.ops.pages import size_of
 from maxtrain.ops.routing import Balance
 from maxtrain.parallel.sharding import constrain, param
 
@@ -50,7 +51,7 @@ def _of_period(context: Context, caches: Any, period: jax.Array, periods: int) -
     """The context of a scanned period, whose pages lie behind those of the periods before it."""
     if context.pages is None:
         return context
-    _, num_pages, page_size, _ = jax.tree.leaves(caches)[0].shape
+    num_pages, page_size = size_of(caches)
     return context._replace(pages=context.pages.shifted(period * (num_pages // periods), page_size))
 
 

@@ -13,7 +13,7 @@ from maxtrain.models.layers import Norm, matmul
 from maxtrain.ops import rope
 from maxtrain.ops.attention import Context, Options, attend
 from maxtrain.ops.linear import rows_of
-from maxtrain.ops.paged_attention import Cache, cache_spec
+from maxtrain.ops.pages import cache_spec
 from maxtrain.parallel.sharding import param
 
 
@@ -51,7 +51,7 @@ class LatentAttention(nnx.Module):
         self.q_down_bias = None if q_rank is None else bias(q_rank, cfg.qkv_bias)
         self.kv_down_bias, self.out_bias = bias(self.cfg.cached, cfg.qkv_bias), bias(embed, cfg.out_bias)
 
-    def __call__(self, x: jax.Array, context: Context, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
+    def __call__(self, x: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any]:
         q_nope, q_rope = jnp.split(self._heads(self._queries(x)), [self.cfg.nope_dim], axis=-1)
         latent, k_rope = jnp.split(matmul(x, self.kv_down, self.kv_down_bias), [self.cfg.kv_rank], axis=-1)
         latent, k_rope = self.kv_norm(latent), k_rope[:, :, None]

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from maxtrain.ops.linear import settle
-from maxtrain.ops.paged_attention import MASKED, Cache, Pages, paged_attention
+from maxtrain.ops.paged_attention import MASKED, paged_attention
+from maxtrain.ops.pages import Cache, Combined, Pages
 from maxtrain.parallel.sharding import parts, per_shard
 
 MIN_BLOCK, MAX_BLOCKS = 64, 16  # blocks of queries: small enough to skip masked keys, few enough to compile fast
@@ -50,8 +51,14 @@ class Options(NamedTuple):
 
 
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array | None, cache: Cache | None, context: Context, options: Options, sinks: jax.Array | None = None
-) -> tuple[jax.Array, Cache | None]:
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array | None,
+    cache: Cache | Combined | None,
+    context: Context,
+    options: Options,
+    sinks: jax.Array | None = None,
+) -> tuple[jax.Array, Cache | Combined | None]:
     """Attention of q [batch, length, heads, width] over k, v [batch, length, kv_heads, width], or over the cache they are written to.
 
     v: None, with a cache only, if the keys are the values too. sinks: float [heads] or None.

@@ -8,51 +8,15 @@ leave its result bitwise as it is.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import jax
 import jax.numpy as jnp
 
-from maxtrain.parallel.sharding import Axes, constrain, parts
+from maxtrain.ops.pages import DROPPED, Cache, Combined, Pages
+from maxtrain.ops.ragged_attention import ragged_attention
+from maxtrain.parallel.sharding import constrain
 
 CHUNK = 128  # positions gathered at a time
-DROPPED = 1 << 30  # the place of a token whose keys and values are not kept
 MASKED = -1e30
-
-
-class Cache(NamedTuple):
-    """The pool of one layer: keys and values [kv_heads, num_pages, page_size, width]; without values, the keys are the values too."""
-
-    keys: jax.Array
-    values: jax.Array | None
-
-
-class Pages(NamedTuple):
-    """Where the tokens of a step write and what they read; rows come first, then blocks.
-
-    slots: int32 [tokens], the place a token's keys and values take in the pool, page * page_size + offset; `DROPPED` for none.
-    rows: int32 [num_rows, pages], the page table of each single token.
-    blocks: int32 [num_blocks, pages], that of each block.
-    """
-
-    slots: jax.Array
-    rows: jax.Array
-    blocks: jax.Array
-
-    def shifted(self, by: jax.Array, page_size: int) -> Pages:
-        """The same places in a pool where they begin `by` pages later: stacked layers share one pool."""
-        return Pages(self.slots + by * page_size, self.rows + by, self.blocks + by)
-
-
-def cache_spec(num_pages: int, page_size: int, kv_heads: int, widths: tuple[int, int | None], dtype: jnp.dtype) -> Any:
-    """Shapes and format of a layer's pool; `widths` are those of keys and values, None for keys that are the values too."""
-    keys, values = (width and jax.ShapeDtypeStruct((kv_heads, num_pages, page_size, width), dtype) for width in widths)
-    return Cache(keys, values)  # type: ignore[arg-type]
-
-
-def pool_axes(kv_heads: int) -> Axes:
-    """Logical axes of a pool; heads that the devices of their axis cannot share evenly are kept whole on each."""
-    return (None if kv_heads % parts("kv_heads") else "kv_heads", None, None, None)
 
 
 def write(pool: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
@@ -119,24 +83,28 @@ def paged_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array | None,
-    cache: Cache,
+    cache: Cache | Combined,
     positions: jax.Array,
     pages: Pages,
     window: int | None,
     softcap: float | None,
     sinks: jax.Array | None,
-) -> tuple[jax.Array, Cache]:
+) -> tuple[jax.Array, Cache | Combined]:
     """Write k, v [tokens, kv_heads, width] into the pool, then attention of q [tokens, heads, width], already scaled, over it.
 
     Without v, k is the value too.
 
     Returns: output [tokens, heads, width of v] and the updated pool.
     """
-    axes = pool_axes(k.shape[1])
-    cache = jax.tree.map(lambda pool, new: constrain(write(pool, new, pages.slots), axes), cache, Cache(k, v))
+    if isinstance(cache, Combined):
+        assert v is not None
+        assert sinks is None
+        return ragged_attention(q, k, v, cache, positions, pages, window, softcap)
+    axes = cache.axes
+    updated: Cache = jax.tree.map(lambda pool, new: constrain(write(pool, new, pages.slots), axes), cache, Cache(k, v))
     out, rows = [], len(pages.rows)
     for tokens, tables in ((slice(0, rows), pages.rows), (slice(rows, None), pages.blocks)):
         if len(tables):
             part, at = (x[tokens].reshape(len(tables), -1, *x.shape[1:]) for x in (q, positions))
-            out.append(read(part, cache, tables, at, window, softcap, sinks).reshape(-1, q.shape[1], (k if v is None else v).shape[-1]))
-    return jnp.concatenate(out), cache
+            out.append(read(part, updated, tables, at, window, softcap, sinks).reshape(-1, q.shape[1], (k if v is None else v).shape[-1]))
+    return jnp.concatenate(out), updated

@@ -81,7 +81,8 @@ class Programs:
         return pages
 
     def _describe(self, num_pages: int, num_slots: int) -> State:
-        return describe(self._model, num_pages, self.serve.page_size, num_slots, self.layout, bool(self.num_guesses))
+        with sharding.use(self.layout):
+            return describe(self._model, num_pages, self.serve.page_size, num_slots, self.layout, bool(self.num_guesses))
 
     def _shapes(self) -> Iterable[Shape]:
         """Few and many rows without blocks, many rows with some and with all blocks; one shape for everything if `deterministic`."""
@@ -112,7 +113,8 @@ class Programs:
     def lower(self, shapes: Iterable[Shape]) -> Iterator[Any]:
         """The step of each shape, ready to compile."""
         kept, model = jax.tree.map(lambda s: s.sharding, self.spec), self.lay_out(self.weights)
-        with sharding.use(self.layout):
+        # kernels ask the default device what they are compiled for
+        with sharding.use(self.layout), jax.default_device(self.layout.mesh.devices.flat[0]):
             step = jax.jit(make_step(self.valid, self.num_guesses), donate_argnums=1, out_shardings=(kept, self.layout.sharding()))
             for shape in shapes:
                 yield step.lower(model, self.spec, self._abstract(self.inputs(shape)))

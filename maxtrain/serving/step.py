@@ -15,7 +15,7 @@ import numpy as np
 
 from maxtrain.config.serving import MAX_LOGPROBS
 from maxtrain.ops.attention import Context
-from maxtrain.ops.paged_attention import DROPPED, Pages
+from maxtrain.ops.pages import DROPPED, Pages, is_pool, size_of
 from maxtrain.parallel.sharding import Layout
 from maxtrain.serving.sampling import DTYPES, NEUTRAL, Rows, Sampled, sample, top_logprobs
 
@@ -182,7 +182,7 @@ def _guess(
     hidden, guesses = hidden[ends], list[jax.Array]()
     tables = jnp.concatenate([inputs.row_tables, inputs.block_tables])
     goes_on = inputs.sampled & jnp.append(_last_true(inputs, drawn), jnp.ones(len(inputs.block_tables), bool))
-    page_size = jax.tree.leaves(cache)[0].shape[2]
+    _, page_size = size_of(cache)
     for step in range(1, count + 1):
         guesses.append(draw(hidden, inputs.rows._replace(index=inputs.rows.index + step)).token)
         if step < count:
@@ -243,16 +243,16 @@ def mark(state: State, slot: jax.Array, counts: jax.Array, bias: jax.Array) -> S
 
 
 def describe(model: Any, num_pages: int, page_size: int, num_slots: int, layout: Layout, guesses: bool) -> State:
-    """Abstract state: pools split by head where heads divide over the devices, the rest whole on each."""
+    """Abstract state on the layout in use: pools split by head where heads divide over the devices, the rest whole on each."""
 
-    def pool(spec: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        axis = None if spec.shape[0] % layout.parts("kv_heads") else "kv_heads"
-        return jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=layout.sharding((axis, None, None, None)))
+    def pool(spec: Any) -> Any:
+        place = layout.sharding(spec.axes)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), spec)
 
     def whole(shape: tuple[int, ...], dtype: Any) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding())
 
     rows = (num_slots + 1, model.cfg.vocab_size)
-    caches = jax.tree.map(pool, model.cache_spec(num_pages, page_size))
-    ahead = jax.tree.map(pool, model.ahead_cache_spec(num_pages, page_size)) if guesses else None
+    caches = jax.tree.map(pool, model.cache_spec(num_pages, page_size), is_leaf=is_pool)
+    ahead = jax.tree.map(pool, model.ahead_cache_spec(num_pages, page_size), is_leaf=is_pool) if guesses else None
     return State(caches, ahead, whole(rows[:1], jnp.int32), whole(rows, jnp.int32), whole(rows, jnp.float32))

@@ -11,7 +11,7 @@ from maxtrain.config import schema
 from maxtrain.models.decoder import Decoder
 from maxtrain.ops import rope
 from maxtrain.ops.attention import Context
-from maxtrain.ops.paged_attention import Pages
+from maxtrain.ops.pages import Pages
 from maxtrain.parallel.sharding import initialise, parameter_table
 
 F32, REMAT = schema.Precision(compute="float32"), schema.Remat()

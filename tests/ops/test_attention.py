@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from maxtrain.ops.attention import Context, Options, attend, causal_attention
-from maxtrain.ops.paged_attention import Cache, Pages
+from maxtrain.ops.pages import Cache, Pages
 
 
 def whole(q, k, v, segments, sinks, options):

@@ -29,6 +29,7 @@ with programs.compiling():
 step = programs._steps[programs.shapes[-1]]
 print(json.dumps({
     "programs": len(programs.shapes),
+    "temporary": step.memory_analysis().temp_size_in_bytes, "kernel": step.as_text().count("ragged_paged_attention"),
     "aliased": step.memory_analysis().alias_size_in_bytes,
     "caches": sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(programs.spec.caches)),
 }))
@@ -51,3 +52,5 @@ def test_programs_compile_for_v5e(preset, overrides):
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["programs"] >= 4
     assert found["aliased"] >= found["caches"]  # the pools are updated in place
+    assert found["kernel"] > 0
+    assert found["temporary"] < found["caches"] / 4  # no page is gathered
