@@ -13,9 +13,10 @@ from maxtrain.models.families.rows import decoder
 
 
 def _keys(fields: Fields) -> dict[str, Any]:
-    bias = fields.get("attention_bias", False)
+    bias, shared = fields.get("attention_bias", False), base(fields, max_length=8192, tied=True)
     return {
-        **base(fields, max_length=8192, tied=True),
+        **shared,
+        "max_length": fields.get("model_max_length", shared["max_length"]),  # Command R: 131072, beside 8192 for the cache of angles
         "norm_eps": fields.get("layer_norm_eps", 1e-5),
         "mlp": fields.need("intermediate_size"),
         "rope": rope.read(fields, 5e5 if fields.values["model_type"] == "cohere" else 1e4).model_copy(update={"interleaved": True}),
@@ -77,5 +78,6 @@ FAMILIES = (
                 "use_parallel_embedding",
             }
         ),
+        fixed={"use_qk_norm": False},
     ),
 )

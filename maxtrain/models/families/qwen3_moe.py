@@ -79,5 +79,6 @@ FAMILIES = (
         _write,
         decoder(feed_forward=_feed_forward),
         ignored=frozenset({"output_router_logits", "max_window_layers"}),
+        fixed={"qkv_bias": False, "use_qk_norm": True, "shared_expert_intermediate_size": 0},  # named by Qwen3-Coder
     ),
 )

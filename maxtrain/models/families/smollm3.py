@@ -39,7 +39,7 @@ FAMILIES = (
         _read,
         _write,
         decoder(),
-        ignored=frozenset({"layer_types", "max_window_layers", "sliding_window"}),  # read with use_sliding_window only
+        ignored=frozenset({"layer_types", "max_window_layers", "sliding_window", "pretraining_tp"}),  # for use_sliding_window and training
         fixed={"mlp_bias": False, "use_sliding_window": False},
     ),
 )

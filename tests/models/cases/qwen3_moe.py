@@ -54,4 +54,23 @@ def sizes(embed, mlp, expert, layers, heads, **more):
 PRESETS = {
     "qwen3-30b-a3b": (sizes(2048, 6144, 768, 48, 32, max_window_layers=48), 30_532_122_624),
     "qwen3-235b-a22b": (sizes(4096, 12288, 1536, 94, 64, max_window_layers=94), 235_093_634_560),
+    "qwen3-coder-480b-a35b": (
+        sizes(
+            6144,
+            8192,
+            2560,
+            62,
+            96,
+            num_key_value_heads=8,
+            num_experts=160,
+            rope_theta=10000000,
+            max_position_embeddings=262144,
+            max_window_layers=62,
+            router_aux_loss_coef=0.0,
+            qkv_bias=False,
+            use_qk_norm=True,
+            shared_expert_intermediate_size=0,
+        ),
+        480_154_875_392,
+    ),
 }
