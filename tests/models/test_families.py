@@ -192,18 +192,24 @@ def predictors(theirs, model):
     import torch
     from transformers.modeling_layers import MtpModel
 
-    with torch.device("meta"):
-        modules = MtpModel(theirs, model.mtp.num_layers)
-    found = {}
-    for name, tensor in modules.state_dict().items():
-        if name.startswith("layers."):
-            _, depth, rest = name.split(".", 2)
-            rest = {"post_norm.weight": "shared_head.norm.weight"}.get(rest, rest.removeprefix("mtp_block."))
-            found[f"model.layers.{model.num_layers + int(depth)}.{rest}"] = tuple(tensor.shape)
+    if getattr(theirs.config, "num_mtp_layers", None) is None:  # not there yet (GLM-4.7-Flash): a layer like the last, and what joins
+        last, joins = f"model.layers.{model.num_layers - 1}.", ("enorm", "hnorm", "shared_head.norm")
+        layer = {name.removeprefix(last): tuple(tensor.shape) for name, tensor in theirs.state_dict().items() if name.startswith(last)}
+        layer |= {f"{name}.weight": (model.embed,) for name in joins} | {"eh_proj.weight": (model.embed, 2 * model.embed)}
+        found = {f"{depth}.{name}": shape for depth in range(model.mtp.num_layers) for name, shape in layer.items()}
+    else:
+        with torch.device("meta"):
+            modules = MtpModel(theirs, model.mtp.num_layers)
+        found = {}
+        for name, tensor in modules.state_dict().items():
+            if name.startswith("layers."):
+                _, depth, rest = name.split(".", 2)
+                rest = {"post_norm.weight": "shared_head.norm.weight"}.get(rest, rest.removeprefix("mtp_block."))
+                found[f"{depth}.{rest}"] = tuple(tensor.shape)
     for depth in range(model.mtp.num_layers):
-        for name in ("embed_tokens", "shared_head.head"):
-            found[f"model.layers.{model.num_layers + depth}.{name}.weight"] = (model.vocab_size, model.embed)
-    return found
+        found |= {f"{depth}.{name}.weight": (model.vocab_size, model.embed) for name in ("embed_tokens", "shared_head.head")}
+    depths = ((name.split(".", 1), shape) for name, shape in found.items())
+    return {f"model.layers.{model.num_layers + int(depth)}.{rest}": shape for (depth, rest), shape in depths}
 
 
 def test_every_preset_has_its_published_config():

@@ -16,8 +16,7 @@ def _layers(fields: Fields) -> dict[str, Any]:
     window = fields.get("sliding_window", 4096)
     window = window if fields.get("use_sliding_window", False) else None
     default = [pattern.SLIDING if window and index >= first else pattern.FULL for index in range(count)]
-    types = list(fields.get("layer_types", default))
-    return pattern.grouped(types, {pattern.FULL: schema.Slot(), pattern.SLIDING: schema.Slot(window=window)})
+    return pattern.grouped(pattern.listed(fields, default), {pattern.FULL: schema.Slot(), pattern.SLIDING: schema.Slot(window=window)})
 
 
 def _read(fields: Fields) -> schema.Model:
