@@ -130,6 +130,9 @@ class Model(Section):
             if rope.width(width) % 2 or not rope.width(width):
                 share = f"{rope.fraction:g} (rope.fraction) of {'mla.rope_dim' if self.mla else 'the head width'} {width}"
                 raise ValueError(f"rotary embedding turns pairs: {share} must be even and above 0")
+            factors = rope.scaling.short_factors if rope.scaling else ()
+            if factors and 2 * len(factors) != rope.width(width):
+                raise ValueError(f"rope.scaling has factors for {len(factors)} pairs, {rope.width(width) // 2} are rotated")
         if self.init_from is not None and "init_scale" in self.changed:
             raise ValueError("init_scale has no effect with init_from: remove one of them")
         if not self.layer_pattern:
@@ -160,6 +163,12 @@ class Model(Section):
     def kv_heads(self) -> int:
         """How many heads of keys and values attention sees in training."""
         return self.num_heads if self.mla else self.num_kv_heads
+
+    @property
+    def served_length(self) -> int:
+        """Longest context whose keys stay as they are while it grows: longrope turns those of a longer document anew."""
+        ropes = [self.slots[kind].rope or self.rope for kind in dict.fromkeys(self.kinds)]
+        return min([self.max_length, *(r.scaling.original_length for r in ropes if r.scaling and r.scaling.kind == "longrope")])
 
     @property
     def trained_kinds(self) -> tuple[str, ...]:

@@ -51,7 +51,7 @@ class Attention(nnx.Module):
         )
         v = self._heads(matmul(x, self.v, self.v_bias))
         if self.rotary:
-            cos, sin = rope.angles(context.positions, self.rope, self.width)
+            cos, sin = rope.angles(context.positions, self.rope, self.width, None if context.pages else context.segments)
             q, k = (rope.rotate(part, cos, sin, self.rope.interleaved) for part in (q, k))
         sinks = None if self.sinks is None else self.sinks.get_value()
         y, cache = attend(q, k, v, cache, context, self.options, sinks)
