@@ -65,12 +65,15 @@ class Model(Section):
     norm_placement: Literal["pre", "post", "sandwich", "parallel"] = "pre"
     """Where a layer normalises: before its parts, behind them (OLMo 2), both (Gemma 2), or once
     before both, which then run side by side (Command R)."""
-    qk_norm: Literal["none", "head", "projection"] = "none"
-    """Normalise queries and keys before they are rotated: each head (Qwen3, Gemma 3), or all heads as one vector (OLMo 2)."""
+    qk_norm: Literal["none", "head", "each_head", "projection"] = "none"
+    """Normalise queries and keys before they are rotated: each head with one scale for all (Qwen3, Gemma 3) or with one
+    of its own (Command R+), or all heads as one vector (OLMo 2)."""
     qkv_bias: bool = False
     """Biases in the projections of queries, keys and values (Qwen2.5); with `mla`, in those to the latent vectors."""
     out_bias: bool = False
     """A bias in the projection behind attention."""
+    mlp_bias: bool = False
+    """Biases in the three products of the dense feed-forward."""
     attention_scale: PositiveFloat | None = None
     """Factor on the products of queries and keys; 1 / sqrt(head width) when null, with `mla` times the square of
     0.1 m ln(factor) + 1 for m = `rope.scaling.mscale_all_dim`."""
@@ -147,6 +150,8 @@ class Model(Section):
             raise ValueError("a slot says feed_forward: moe, but model.moe is not set")
         if self.moe is not None and "moe" not in used:
             raise ValueError("model.moe is set, but no layer in use says feed_forward: moe")
+        if self.mlp_bias and "dense" not in used:
+            raise ValueError("mlp_bias has no effect: no layer in use has a dense feed-forward")
         return self
 
     @property

@@ -75,6 +75,10 @@ BROKEN = [
         "rope.scaling has factors for 2 pairs, 8 are rotated",
     ),
     ("model: {rope: {scaling: {kind: yarn, long_factors: [1]}}}", "long_factors has no effect with kind: yarn; it is read by longrope"),
+    (
+        "model: {mlp_bias: true, slots: {layer: {feed_forward: moe}}, moe: {num_experts: 2, experts_per_token: 1, mlp: 8}}",
+        "mlp_bias has no effect: no layer in use has a dense feed-forward",
+    ),
     ("model: {mla: {}, num_kv_heads: 4, head_dim: 16}", "head_dim, num_kv_heads: of no effect with mla, remove it"),
     ("model: {mla: {rope_dim: 5}}", "1 (rope.fraction) of mla.rope_dim 5 must be even"),
     ("model: {rope: {scaling: {kind: yarn, beta_fast: 0.5}}}", "beta_fast must not be below beta_slow"),

@@ -80,6 +80,7 @@ PUBLISHED = {  # from the models' own configurations and cards
     "granite3.3-2b": 2_533_525_504,
     "granite3.3-8b": 8_170_835_968,
     "command-r": 34_980_831_232,
+    "command-r-plus": 103_810_674_688,
     "command-r7b": 8_028_033_024,
     "smollm3-3b": 3_075_098_624,
 }

@@ -1,5 +1,5 @@
-"""Command R (`cohere`) and Command R7B (`cohere2`): one layer norm before attention and feed-forward side by side; the second
-has windows with, and full attention without, positions."""
+"""Command R and R+ (`cohere`) and Command R7B (`cohere2`): one layer norm before attention and feed-forward side by side;
+the second has windows with, and full attention without, positions."""
 
 from __future__ import annotations
 
@@ -26,6 +26,10 @@ def _keys(fields: Fields) -> dict[str, Any]:
         "qkv_bias": bias,
         "out_bias": bias,
     }
+
+
+def _read(fields: Fields) -> schema.Model:
+    return schema.Model(**_keys(fields), qk_norm="each_head" if fields.get("use_qk_norm", False) else "none")
 
 
 def _read2(fields: Fields) -> schema.Model:
@@ -55,10 +59,9 @@ FAMILIES = (
     Family(
         "cohere",
         "CohereForCausalLM",
-        lambda f: schema.Model(**_keys(f)),
-        _write,
+        _read,
+        lambda model: _write(model) | {"use_qk_norm": model.qk_norm == "each_head"},
         decoder({"attention_norm": "input_layernorm"}),
-        fixed={"use_qk_norm": False},
     ),
     Family(
         "cohere2",

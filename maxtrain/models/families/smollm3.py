@@ -18,6 +18,7 @@ def _read(fields: Fields) -> schema.Model:
     layers = pattern.grouped(kinds, {"rotary": schema.Slot(), "plain": schema.Slot(rotary=False)})
     keys = base(fields, max_length=32768, tied=True)
     parts = {"mlp": fields.need("intermediate_size"), "rope": rope.read(fields, 2e6), "qkv_bias": bias, "out_bias": bias}
+    parts["mlp_bias"] = fields.get("mlp_bias", False)
     return schema.Model(**keys, **layers, **parts)
 
 
@@ -28,6 +29,7 @@ def _write(model: schema.Model) -> dict[str, Any]:
         "intermediate_size": model.mlp,
         "rope_parameters": rope.write(model.rope),
         "attention_bias": model.out_bias,
+        "mlp_bias": model.mlp_bias,
         "no_rope_layers": [int(model.slots[kind].rotary) for kind in model.kinds],
     }
 
@@ -40,6 +42,6 @@ FAMILIES = (
         _write,
         decoder(),
         ignored=frozenset({"layer_types", "max_window_layers", "sliding_window", "pretraining_tp"}),  # for use_sliding_window and training
-        fixed={"mlp_bias": False, "use_sliding_window": False},
+        fixed={"use_sliding_window": False},
     ),
 )

@@ -13,7 +13,11 @@ SIZES = {
     "eos_token_id": 2,
 }
 CASES = {
-    "cohere": {"plain": SIZES, "bias": SIZES | {"attention_bias": True, "logit_scale": 0.25, "tie_word_embeddings": True}},
+    "cohere": {
+        "plain": SIZES,
+        "bias": SIZES | {"attention_bias": True, "logit_scale": 0.25, "tie_word_embeddings": True},
+        "norms of queries and keys": SIZES | {"use_qk_norm": True},
+    },
     "cohere2": {
         "plain": SIZES | {"num_hidden_layers": 6, "sliding_window": 16},
         "window only": SIZES | {"sliding_window": 16, "layer_types": ["sliding_attention"] * 3},
@@ -36,6 +40,7 @@ def sizes(model_type, embed, mlp, layers, heads, kv_heads, **more):
     } | more
 
 
+PLUS = {"rope_theta": 75000000.0, "logit_scale": 0.8333333333333334, "use_qk_norm": True}
 LENGTHS = {"max_position_embeddings": 8192, "model_max_length": 131072}
 R7B = {
     "head_dim": 128,
@@ -54,5 +59,6 @@ R7B = {
 }
 PRESETS = {
     "command-r": (sizes("cohere", 8192, 22528, 40, 64, 64, **LENGTHS, rope_theta=8000000.0, logit_scale=0.0625), 34_980_831_232),
+    "command-r-plus": (sizes("cohere", 12288, 33792, 64, 96, 8, **LENGTHS, **PLUS), 103_810_674_688),
     "command-r7b": (sizes("cohere2", 4096, 14336, 32, 32, 8, **R7B), 8_028_033_024),
 }

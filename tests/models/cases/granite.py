@@ -12,7 +12,7 @@ SIZES = {
     "attention_bias": True,
 }
 MULTIPLIERS = {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.3, "logits_scaling": 8.0}
-CASES = {"granite": {"plain": SIZES, "multipliers": SIZES | MULTIPLIERS}}
+CASES = {"granite": {"plain": SIZES, "multipliers": SIZES | MULTIPLIERS | {"mlp_bias": True}}}
 
 
 def granite(embed, mlp, attention, logits):

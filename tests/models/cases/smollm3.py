@@ -16,7 +16,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_pos
 CASES = {
     "smollm3": {
         "plain": SIZES | {"num_hidden_layers": 6, "tie_word_embeddings": False, "attention_bias": True},
-        "yarn": SIZES | {"no_rope_layers": [1, 0, 1], "rope_parameters": YARN},
+        "yarn": SIZES | {"no_rope_layers": [1, 0, 1], "rope_parameters": YARN, "mlp_bias": True},
     },
 }
 PRESETS = {
