@@ -37,13 +37,16 @@ def _read(fields: Fields) -> schema.Model:
         expert_bias=True,
         aux_loss=fields.get("router_aux_loss_coef", 0.001),
     )
-    shared, biased = base(fields, eps=1e-5, max_length=131072), fields.get("attention_bias", True)
-    window = fields.get("sliding_window", 128)
+    shared, biased = base(fields, eps=1e-5, max_length=131072, kv_heads=8), fields.get("attention_bias", True)
+    window, rotary = fields.get("sliding_window", 128), rope.read(fields, 150000.0)
+    if not fields.get("rope_parameters") and not fields.get("rope_scaling"):
+        scaling = schema.RopeScaling(kind="yarn", factor=32.0, original_length=4096, truncate=False)
+        rotary = rotary.model_copy(update={"scaling": scaling})
     types = pattern.layer_types(fields, 2)
     windows = dict(zip(TYPES, (window, None), strict=True))
     return schema.Model(
         **shared | {"activation": "clamped_swiglu", "head_dim": fields.get("head_dim", 64)},
-        rope=rope.read(fields, 150000.0),
+        rope=rotary,
         qkv_bias=biased,
         out_bias=biased,
         attention_sinks=True,

@@ -25,7 +25,9 @@ def _read_mistral(fields: Fields) -> schema.Model:
     window = fields.values.get("sliding_window", 4096)  # null means none, absent means the default of the class
     fields.get("sliding_window")
     slots = {"layer": schema.Slot(window=window)}
-    return schema.Model(**base(fields, max_length=131072), mlp=fields.need("intermediate_size"), rope=rope.read(fields), slots=slots)
+    return schema.Model(
+        **base(fields, max_length=131072, kv_heads=8), mlp=fields.need("intermediate_size"), rope=rope.read(fields), slots=slots
+    )
 
 
 def _write_mistral(model: schema.Model) -> dict[str, Any]:

@@ -21,13 +21,17 @@ def _layers(fields: Fields) -> dict[str, Any]:
 
 def _read(fields: Fields) -> schema.Model:
     return schema.Model(
-        **base(fields, max_length=32768), **_layers(fields), mlp=fields.need("intermediate_size"), rope=rope.read(fields), qkv_bias=True
+        **base(fields, max_length=32768, kv_heads=32),
+        **_layers(fields),
+        mlp=fields.need("intermediate_size"),
+        rope=rope.read(fields),
+        qkv_bias=True,
     )
 
 
 def _read3(fields: Fields) -> schema.Model:
     bias = fields.get("attention_bias", False)
-    keys = {**base(fields, max_length=32768), "head_dim": fields.get("head_dim", 128)}
+    keys = {**base(fields, max_length=32768, kv_heads=32), "head_dim": fields.get("head_dim", 128)}
     parts = {"mlp": fields.need("intermediate_size"), "rope": rope.read(fields), "qk_norm": "head", "qkv_bias": bias, "out_bias": bias}
     return schema.Model(**keys, **_layers(fields), **parts)
 

@@ -16,7 +16,7 @@ def _read(fields: Fields) -> schema.Model:
     rotated = fields.get("no_rope_layers", [int((index + 1) % interval != 0) for index in range(count)])  # 1 where there is rope
     kinds = ["rotary" if there else "plain" for there in rotated]
     layers = pattern.grouped(kinds, {"rotary": schema.Slot(), "plain": schema.Slot(rotary=False)})
-    keys = base(fields, max_length=32768, tied=True)
+    keys = base(fields, max_length=32768, tied=True, kv_heads=4)
     parts = {"mlp": fields.need("intermediate_size"), "rope": rope.read(fields, 2e6), "qkv_bias": bias, "out_bias": bias}
     parts["mlp_bias"] = fields.get("mlp_bias", False)
     return schema.Model(**keys, **layers, **parts)
