@@ -65,12 +65,15 @@ class Model(Section):
     norm_placement: Literal["pre", "post", "sandwich", "parallel"] = "pre"
     """Where a layer normalises: before its parts, behind them (OLMo 2), both (Gemma 2), or once
     before both, which then run side by side (Command R)."""
-    qk_norm: Literal["none", "head", "projection"] = "none"
-    """Normalise queries and keys before they are rotated: each head (Qwen3, Gemma 3), or all heads as one vector (OLMo 2)."""
+    qk_norm: Literal["none", "head", "each_head", "projection"] = "none"
+    """Normalise queries and keys before they are rotated: each head with one scale for all (Qwen3, Gemma 3) or with one
+    of its own (Command R+), or all heads as one vector (OLMo 2)."""
     qkv_bias: bool = False
     """Biases in the projections of queries, keys and values (Qwen2.5); with `mla`, in those to the latent vectors."""
     out_bias: bool = False
     """A bias in the projection behind attention."""
+    mlp_bias: bool = False
+    """Biases in the three products of the dense feed-forward."""
     attention_scale: PositiveFloat | None = None
     """Factor on the products of queries and keys; 1 / sqrt(head width) when null, with `mla` times the square of
     0.1 m ln(factor) + 1 for m = `rope.scaling.mscale_all_dim`."""
@@ -130,6 +133,9 @@ class Model(Section):
             if rope.width(width) % 2 or not rope.width(width):
                 share = f"{rope.fraction:g} (rope.fraction) of {'mla.rope_dim' if self.mla else 'the head width'} {width}"
                 raise ValueError(f"rotary embedding turns pairs: {share} must be even and above 0")
+            factors = rope.scaling.short_factors if rope.scaling else ()
+            if factors and 2 * len(factors) != rope.width(width):
+                raise ValueError(f"rope.scaling has factors for {len(factors)} pairs, {rope.width(width) // 2} are rotated")
         if self.init_from is not None and "init_scale" in self.changed:
             raise ValueError("init_scale has no effect with init_from: remove one of them")
         if not self.layer_pattern:
@@ -144,6 +150,8 @@ class Model(Section):
             raise ValueError("a slot says feed_forward: moe, but model.moe is not set")
         if self.moe is not None and "moe" not in used:
             raise ValueError("model.moe is set, but no layer in use says feed_forward: moe")
+        if self.mlp_bias and "dense" not in used:
+            raise ValueError("mlp_bias has no effect: no layer in use has a dense feed-forward")
         return self
 
     @property
@@ -160,6 +168,12 @@ class Model(Section):
     def kv_heads(self) -> int:
         """How many heads of keys and values attention sees in training."""
         return self.num_heads if self.mla else self.num_kv_heads
+
+    @property
+    def served_length(self) -> int:
+        """Longest context whose keys stay as they are while it grows: longrope turns those of a longer document anew."""
+        ropes = [self.slots[kind].rope or self.rope for kind in dict.fromkeys(self.kinds)]
+        return min([self.max_length, *(r.scaling.original_length for r in ropes if r.scaling and r.scaling.kind == "longrope")])
 
     @property
     def trained_kinds(self) -> tuple[str, ...]:

@@ -7,47 +7,55 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from maxtrain.config.section import Fraction, PositiveFloat, PositiveInt, Section
+from maxtrain.config.section import Fraction, PositiveFloat, PositiveFloats, PositiveInt, Section
 
 READ_BY = {  # which kinds of scaling read a key; the others are refused with it
-    "original_length": ("llama3", "yarn"),
+    "original_length": ("llama3", "yarn", "longrope"),
     "low_freq_factor": ("llama3",),
     "high_freq_factor": ("llama3",),
     "beta_fast": ("yarn",),
     "beta_slow": ("yarn",),
-    "attention_factor": ("yarn",),
+    "attention_factor": ("yarn", "longrope"),
     "mscale": ("yarn",),
     "mscale_all_dim": ("yarn",),
     "truncate": ("yarn",),
+    "short_factors": ("longrope",),
+    "long_factors": ("longrope",),
 }
 
 
 class RopeScaling(Section):
     """Frequency scaling of rotary embeddings for contexts beyond the original training length."""
 
-    kind: Literal["llama3", "linear", "yarn"] = "llama3"
+    kind: Literal["llama3", "linear", "yarn", "longrope"] = "llama3"
     """`llama3`: interpolation by wavelength as in Llama 3.1 (section 3.4.3 of its report and its published config). `linear`: all positions
-    divided by the factor (Chen et al., 2023). `yarn`: interpolation by number of turns, with sharper attention (Peng et al., 2023)."""
+    divided by the factor (Chen et al., 2023). `yarn`: interpolation by number of turns, with sharper attention (Peng et al., 2023).
+    `longrope`: a divisor for each pair, others in a document that is longer than the original length (Ding et al., 2024; Phi-3)."""
     factor: PositiveFloat = 8.0
-    """How many times the context is stretched."""
+    """How many times the context is stretched; of effect on `attention_factor` alone in longrope."""
     low_freq_factor: PositiveFloat = 1.0
     """Wavelengths above `original_length / low_freq_factor` are divided by `factor` in full (llama3)."""
     high_freq_factor: PositiveFloat = 4.0
     """Wavelengths below `original_length / high_freq_factor` are left as they are (llama3)."""
     original_length: PositiveInt = 8192
-    """Context length before the stretch, in tokens (llama3, yarn)."""
+    """Context length before the stretch, in tokens (llama3, yarn, longrope)."""
     beta_fast: PositiveFloat = 32.0
     """Pairs that turn more often than this over the original length are left as they are (yarn)."""
     beta_slow: PositiveFloat = 1.0
     """Pairs that turn less often than this over the original length are divided by `factor` in full (yarn)."""
     attention_factor: PositiveFloat | None = None
-    """Factor on queries and keys; null derives it from `factor`, `mscale` and `mscale_all_dim` (yarn)."""
+    """Factor on queries and keys; null derives it from `factor`, `mscale` and `mscale_all_dim` (yarn) or is
+    sqrt(1 + ln(factor) / ln(original_length)) (longrope)."""
     mscale: PositiveFloat | None = None
     """Slope m of the factor 0.1 m ln(factor) + 1 on queries and keys, together with `mscale_all_dim`; 1 when null (yarn)."""
     mscale_all_dim: PositiveFloat | None = None
     """The same for the whole attention of DeepSeek, by which the factor of the rotated part is divided; together with `mscale` (yarn)."""
     truncate: bool = True
     """Round the bounds between kept and stretched pairs to whole pairs (yarn)."""
+    short_factors: PositiveFloats = ()
+    """Divisor of each pair's frequency in documents of at most `original_length` tokens (longrope)."""
+    long_factors: PositiveFloats = ()
+    """The same in longer documents (longrope)."""
 
     @model_validator(mode="after")
     def _check(self) -> RopeScaling:
@@ -62,6 +70,9 @@ class RopeScaling(Section):
         for name in sorted(self.changed & set(READ_BY)):
             if self.kind not in READ_BY[name]:
                 raise ValueError(f"{name} has no effect with kind: {self.kind}; it is read by {' and '.join(READ_BY[name])}")
+        if self.kind == "longrope" and not len(self.short_factors) == len(self.long_factors) > 0:
+            counts = f"{len(self.short_factors)} and {len(self.long_factors)}"
+            raise ValueError(f"longrope needs as many short_factors as long_factors, one for each rotated pair: there are {counts}")
         return self
 
     def magnitude(self, slope: float | None) -> float:
@@ -71,10 +82,12 @@ class RopeScaling(Section):
     @property
     def rotation_factor(self) -> float:
         """Factor on cosines and sines, so on queries and keys."""
-        if self.kind != "yarn":
-            return 1.0
         if self.attention_factor is not None:
             return self.attention_factor
+        if self.kind == "longrope":
+            return math.sqrt(1 + math.log(self.factor) / math.log(self.original_length)) if self.factor > 1 else 1.0
+        if self.kind != "yarn":
+            return 1.0
         if self.mscale is not None and self.mscale_all_dim is not None:
             return self.magnitude(self.mscale) / self.magnitude(self.mscale_all_dim)
         return self.magnitude(None)

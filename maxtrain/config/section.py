@@ -26,6 +26,7 @@ class FrozenDict(dict):
 
 
 Strings = Annotated[tuple[str, ...], BeforeValidator(freeze)]
+PositiveFloats = Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(freeze)]
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]

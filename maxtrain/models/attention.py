@@ -41,8 +41,15 @@ class Attention(nnx.Module):
         self.k_bias, self.v_bias = (bias(kv_heads, "kv_heads", cfg.qkv_bias) for _ in "kv")
         self.out_bias = bias(cfg.embed, "embed", cfg.out_bias)
         self.sinks = bias(cfg.num_heads, "heads", cfg.attention_sinks, std=0.02 * cfg.init_scale)
-        normed = {"none": (None, None), "head": (self.width, self.width), "projection": (heads, kv_heads)}[cfg.qk_norm]
-        self.q_norm, self.k_norm = (None if size is None else Norm(cfg, size, dtype) for size in normed)
+
+        def norm(heads: int) -> Norm | None:
+            """A norm of queries or keys, of which there are so many heads."""
+            if cfg.qk_norm == "projection":
+                return Norm(cfg, heads * self.width, dtype)
+            own = heads if cfg.qk_norm == "each_head" else None
+            return None if cfg.qk_norm == "none" else Norm(cfg, self.width, dtype, heads=own)
+
+        self.q_norm, self.k_norm = norm(cfg.num_heads), norm(cfg.num_kv_heads)
 
     def __call__(self, x: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any]:
         q, k = (
@@ -51,7 +58,7 @@ class Attention(nnx.Module):
         )
         v = self._heads(matmul(x, self.v, self.v_bias))
         if self.rotary:
-            cos, sin = rope.angles(context.positions, self.rope, self.width)
+            cos, sin = rope.angles(context.positions, self.rope, self.width, None if context.pages else context.segments)
             q, k = (rope.rotate(part, cos, sin, self.rope.interleaved) for part in (q, k))
         sinks = None if self.sinks is None else self.sinks.get_value()
         y, cache = attend(q, k, v, cache, context, self.options, sinks)
@@ -65,7 +72,7 @@ class Attention(nnx.Module):
         """Queries or keys by head, normalised."""
         if norm is None:
             return self._heads(x)
-        return norm(self._heads(x)) if self.qk_norm == "head" else self._heads(norm(x))
+        return self._heads(norm(x)) if self.qk_norm == "projection" else norm(self._heads(x))
 
     def cache_spec(self, num_pages: int, page_size: int, dtype: jnp.dtype) -> Any:
         """Shape and format of this layer's pool of pages."""

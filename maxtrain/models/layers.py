@@ -30,27 +30,34 @@ NORMS: dict[str, tuple[Callable[..., jax.Array], float | None]] = {
 class Norm(nnx.Module):
     """The norm of `model.norm` with a learned scale, that begins as the identity; `cfg.norm_eps` unless told otherwise.
 
-    Shapes: x [..., width].
+    Shapes: x [..., width], or [..., heads, width] with a scale for each head.
     """
 
-    def __init__(self, cfg: schema.Model, width: int, dtype: str, eps: float | None = None):
+    def __init__(self, cfg: schema.Model, width: int, dtype: str, eps: float | None = None, heads: int | None = None):
         self.kind, self.eps = cfg.norm, eps or cfg.norm_eps
-        self.scale = param((width,), ("norm",), std=NORMS[cfg.norm][1], dtype=dtype)
+        shape, axes = ((width,), ("norm",)) if heads is None else ((heads, width), (None, "norm"))
+        self.scale = param(shape, axes, std=NORMS[cfg.norm][1], dtype=dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return NORMS[self.kind][0](x, self.scale.get_value(), self.eps)
 
 
 class Mlp(nnx.Module):
-    """Gated feed-forward: down(act(gate(x)) * up(x)); `cfg.mlp` wide unless told otherwise. Shapes: x [batch, length, embed]."""
+    """Gated feed-forward: down(act(gate(x)) * up(x)); `cfg.mlp` wide, with `cfg.mlp_bias`, unless told otherwise.
+
+    Shapes: x [batch, length, embed].
+    """
 
     def __init__(self, cfg: schema.Model, dtype: str, width: int | None = None):
         self.activation = cfg.activation
-        scale, width = cfg.init_scale, width or cfg.mlp
+        scale, biased, width = cfg.init_scale, cfg.mlp_bias and width is None, width or cfg.mlp
         self.gate = param((cfg.embed, width), ("embed", "mlp"), std=scale * cfg.embed**-0.5, dtype=dtype)
         self.up = param((cfg.embed, width), ("embed", "mlp"), std=scale * cfg.embed**-0.5, dtype=dtype)
         self.down = param((width, cfg.embed), ("mlp", "embed"), std=scale * (width * 2 * cfg.num_layers) ** -0.5, dtype=dtype)
+        sizes = ((width, "mlp"), (width, "mlp"), (cfg.embed, "embed"))
+        biases = (param((size,), (axis,), std=0.0, dtype=dtype) if biased else None for size, axis in sizes)
+        self.gate_bias, self.up_bias, self.down_bias = biases
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        hidden = GATED[self.activation](matmul(x, self.gate), matmul(x, self.up))
-        return matmul(constrain(hidden, ("batch", "length", "mlp")), self.down)
+        hidden = GATED[self.activation](matmul(x, self.gate, self.gate_bias), matmul(x, self.up, self.up_bias))
+        return matmul(constrain(hidden, ("batch", "length", "mlp")), self.down, self.down_bias)

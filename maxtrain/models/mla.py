@@ -56,7 +56,8 @@ class LatentAttention(nnx.Module):
         latent, k_rope = jnp.split(matmul(x, self.kv_down, self.kv_down_bias), [self.cfg.kv_rank], axis=-1)
         latent, k_rope = self.kv_norm(latent), k_rope[:, :, None]
         if self.rotary:
-            cos, sin = rope.angles(context.positions, self.rope, self.cfg.rope_dim)
+            segments = None if context.pages else context.segments
+            cos, sin = rope.angles(context.positions, self.rope, self.cfg.rope_dim, segments)
             q_rope, k_rope = (rope.rotate(part, cos, sin, self.rope.interleaved) for part in (q_rope, k_rope))
         if cache is None:
             k_nope, v = jnp.split(self._heads(matmul(latent, self.kv_up)), [self.cfg.nope_dim], axis=-1)

@@ -12,7 +12,7 @@ from maxtrain.ops.linear import settle
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """x / sqrt(mean(x^2) + eps) * scale over the last axis: float32 inside, the format of x outside."""
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis: float32 inside, the format of x outside. scale: the last axes of x."""
     return _forward(x, scale, eps)[0]
 
 
@@ -27,7 +27,7 @@ def _backward(eps: float, saved: tuple[jax.Array, ...], dy: jax.Array) -> tuple[
     normed, dy = x.astype(jnp.float32) * inverse, settle(dy).astype(jnp.float32)
     d_normed = dy * scale.astype(jnp.float32)
     dx = inverse * (d_normed - normed * jnp.mean(d_normed * normed, axis=-1, keepdims=True))
-    d_scale = jnp.sum(dy * normed, axis=tuple(range(x.ndim - 1)))
+    d_scale = jnp.sum(dy * normed, axis=tuple(range(x.ndim - scale.ndim)))
     return settle(dx.astype(x.dtype)), d_scale.astype(scale.dtype)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,22 +37,47 @@ def linear(frequencies: np.ndarray, cfg: schema.RopeScaling, theta: float) -> np
     return frequencies / cfg.factor
 
 
-SCALINGS = {"llama3": llama3, "yarn": yarn, "linear": linear}
+def longrope(frequencies: np.ndarray, cfg: schema.RopeScaling, theta: float) -> np.ndarray:
+    """LongRoPE (Ding et al., 2024) within the original length: every pair has its divisor."""
+    return frequencies / np.asarray(cfg.short_factors)
+
+
+SCALINGS = {"llama3": llama3, "yarn": yarn, "linear": linear, "longrope": longrope}
 
 
 def frequencies(cfg: schema.Rope, width: int) -> np.ndarray:
-    """Angular frequency of every pair of `width` rotated elements: float32 [width / 2]."""
-    base = 1.0 / cfg.theta ** (np.arange(0, width, 2, dtype=np.float64) / width)
+    """Angular frequency of every pair of `width` rotated elements, of longrope in short documents: float32 [width / 2]."""
+    base = _unscaled(cfg, width)
     scaled = base if cfg.scaling is None else SCALINGS[cfg.scaling.kind](base, cfg.scaling, cfg.theta)
     return scaled.astype(np.float32)
 
 
-def angles(positions: jax.Array, cfg: schema.Rope, width: int) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine, float32 [batch, length, rotated / 2], for positions [batch, length] and heads of `width`."""
-    phase = positions.astype(jnp.float32)[..., None] * frequencies(cfg, cfg.width(width))
+def _unscaled(cfg: schema.Rope, width: int) -> np.ndarray:
+    return 1.0 / cfg.theta ** (np.arange(0, width, 2, dtype=np.float64) / width)
+
+
+def angles(positions: jax.Array, cfg: schema.Rope, width: int, segments: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine, float32 [batch, length, rotated / 2], for positions [batch, length] and heads of `width`.
+
+    Args:
+        segments: int32 [batch, length], the document of each token; None where all are within longrope's original length.
+    """
+    frequency: Any = frequencies(cfg, cfg.width(width))
+    if cfg.scaling is not None and cfg.scaling.kind == "longrope" and segments is not None:
+        long = (_unscaled(cfg, cfg.width(width)) / np.asarray(cfg.scaling.long_factors)).astype(np.float32)
+        is_long = _lengths(positions, segments) > cfg.scaling.original_length
+        frequency = jnp.where(is_long[..., None], long, frequency)
+    phase = positions.astype(jnp.float32)[..., None] * frequency
     cos, sin = jnp.cos(phase), jnp.sin(phase)
     factor = 1.0 if cfg.scaling is None else cfg.scaling.rotation_factor
     return (cos, sin) if factor == 1.0 else (cos * factor, sin * factor)
+
+
+def _lengths(positions: jax.Array, segments: jax.Array) -> jax.Array:
+    """Number of tokens, int32 [batch, length], of the document each token belongs to."""
+    last = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (0, 1)), constant_values=True)
+    end = jax.lax.cummin(jnp.where(last, jnp.arange(segments.shape[1]), segments.shape[1]), axis=1, reverse=True)
+    return jnp.take_along_axis(positions, end, axis=1) + 1
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool = False) -> jax.Array:

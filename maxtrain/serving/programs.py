@@ -34,9 +34,14 @@ class Programs:
         self.config, self.serve, self.valid = config.model, config.serve, valid
         # tokens of a step are rows of length 1, not sequences that could be split
         self.layout = Layout(layout.mesh, {**layout.rules, "length": (), "residual": ()})
-        self.max_length = self.serve.max_length or self.config.max_length
+        self.max_length = self.serve.max_length or self.config.served_length
         if self.max_length > self.config.max_length:
             raise Refused(f"serve.max_length={self.max_length} is longer than model.max_length={self.config.max_length}")
+        if self.max_length > self.config.served_length:
+            raise Refused(
+                f"serve.max_length={self.max_length} is longer than rope.scaling.original_length={self.config.served_length}: "
+                "longrope turns the keys of longer documents by other factors, those in the cache stay as they are"
+            )
         model = self.config
         if model.moe is not None:  # capacity is a matter of sequences, and a request is never to lose a token to another
             model = model.model_copy(update={"moe": model.moe.model_copy(update={"dispatch": "dropless"})})

@@ -66,6 +66,19 @@ BROKEN = [
         "model: {rope: {scaling: {kind: yarn, mscale: 2, mscale_all_dim: 1, attention_factor: 1}}}",
         "mscale has no effect beside attention_factor: remove one of them",
     ),
+    (
+        "model: {rope: {scaling: {kind: longrope, short_factors: [1, 2]}}}",
+        "longrope needs as many short_factors as long_factors, one for each rotated pair: there are 2 and 0",
+    ),
+    (
+        "model: {rope: {scaling: {kind: longrope, short_factors: [1, 2], long_factors: [1, 2]}}}",
+        "rope.scaling has factors for 2 pairs, 8 are rotated",
+    ),
+    ("model: {rope: {scaling: {kind: yarn, long_factors: [1]}}}", "long_factors has no effect with kind: yarn; it is read by longrope"),
+    (
+        "model: {mlp_bias: true, slots: {layer: {feed_forward: moe}}, moe: {num_experts: 2, experts_per_token: 1, mlp: 8}}",
+        "mlp_bias has no effect: no layer in use has a dense feed-forward",
+    ),
     ("model: {mla: {}, num_kv_heads: 4, head_dim: 16}", "head_dim, num_kv_heads: of no effect with mla, remove it"),
     ("model: {mla: {rope_dim: 5}}", "1 (rope.fraction) of mla.rope_dim 5 must be even"),
     ("model: {rope: {scaling: {kind: yarn, beta_fast: 0.5}}}", "beta_fast must not be below beta_slow"),

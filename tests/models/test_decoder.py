@@ -34,6 +34,9 @@ CONFIGS = {
     ),
 }
 
+LONGROPE = schema.RopeScaling(
+    kind="longrope", factor=4.0, original_length=16, short_factors=(1.0, 1.5, 2.0, 3.0), long_factors=(1.0, 3.0, 9.0, 27.0)
+)
 MECHANISMS = CONFIGS | {  # what transformers is the reference for, in tests/models/test_families.py
     "sandwich": schema.Model(
         **TINY,
@@ -61,7 +64,10 @@ MECHANISMS = CONFIGS | {  # what transformers is the reference for, in tests/mod
         slots={"rotary": schema.Slot(), "plain": schema.Slot(rotary=False)},
         layer_pattern=("rotary", "plain"),
     ),
-    "parallel": schema.Model(**TINY, norm="layer", norm_placement="parallel", logit_multiplier=0.25, activation="gelu"),
+    "parallel": schema.Model(
+        **TINY, norm="layer", norm_placement="parallel", qk_norm="each_head", mlp_bias=True, logit_multiplier=0.25, activation="gelu"
+    ),
+    "each head": schema.Model(**TINY, qk_norm="each_head", rope=schema.Rope(scaling=LONGROPE)),
 }
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from maxtrain.checkpoint import huggingface, weights
-from maxtrain.config import load, schema
+from maxtrain.config import Refused, load, schema
 from maxtrain.models import families
 from maxtrain.models.decoder import Decoder
 from maxtrain.models.families.family import function
@@ -163,8 +163,8 @@ def named(model):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_preset_is_the_published_model(preset):
     """The published config is the preset; its tensors on torch's meta device are those of our table, in number and shape."""
-    torch = pytest.importorskip("torch")
-    from transformers import AutoConfig, AutoModelForCausalLM
+    pytest.importorskip("torch")
+    from transformers import AutoConfig
 
     config, count = PRESETS[preset]
     family = families.of_config(config)
@@ -173,18 +173,69 @@ def test_preset_is_the_published_model(preset):
     assert function(ours) == function(model)
     assert families.of_model(ours)[1]["model_type"] in families.FAMILIES
     arguments = {key: value for key, value in config.items() if key != "model_type"}
+    found, ahead = their_tensors(AutoConfig.for_model(LIKE.get(config["model_type"], config["model_type"]), **arguments), model)
+    assert sum(int(np.prod(shape, dtype=np.int64)) for shape in found.values()) == count
+    assert our_tensors(family, ours, found | ahead) == found | ahead
+
+
+# Classes whose defaults are no model, and what makes them one
+COMPLETION = {"deepseek_v2": {"num_experts_per_tok": 6}, "glm4_moe": {"head_dim": 128}}
+# Presets that are the defaults of a class; in most a length, base or epsilon is not the published one
+DEFAULTS = {"gemma": "gemma-7b", "gemma2": "gemma2-2b", "gpt_oss": "gpt-oss-120b"}
+
+
+@pytest.mark.parametrize("name", [name for name in families.FAMILIES if name not in LIKE])
+def test_absent_fields_take_the_defaults_of_the_class(name):
+    """All fields of a class's defaults, and only those that must be there, are one model, with the tensors of transformers."""
+    pytest.importorskip("torch")
+    from transformers import AutoConfig
+
+    family, some = families.FAMILIES[name], COMPLETION.get(name, {})
+    config = AutoConfig.for_model(name, **some)
+    whole = json.loads(config.to_json_string(use_diff=False))
+    model = family.model(completed(family, {"model_type": name, **some}, whole))
+    assert function(model) == function(family.model(whole))
+    found, ahead = their_tensors(config, model)
+    assert our_tensors(family, model, found | ahead) == found | ahead
+    assert name not in DEFAULTS or function(model) == function(load(FOLDER / f"{DEFAULTS[name]}.yml").config.model)
+    if model.mla is None:  # no default is one by chance: a model twice as wide
+        some = some | {field: 2 * whole[field] for field in ("hidden_size", "num_attention_heads")}
+        whole = json.loads(AutoConfig.for_model(name, **some).to_json_string(use_diff=False))
+        part = completed(family, {"model_type": name, **some}, whole)
+        assert function(family.model(part)) == function(family.model(whole))
+
+
+def completed(family, part, whole):
+    """The fields of `part`, and those of `whole` that the family will not do without."""
+    while True:
+        try:
+            family.model(part)
+        except Refused as refusal:
+            missing = str(refusal).split("the field ")[1].split(" is missing")[0]
+            part = part | {missing: whole[missing]}
+        else:
+            return part
+
+
+def their_tensors(config, model):
+    """Name and shape of the tensors of transformers' model, and of its modules of multi-token prediction."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
     with torch.device("meta"):
-        theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(LIKE.get(config["model_type"], config["model_type"]), **arguments))
+        theirs = AutoModelForCausalLM.from_config(config)
     found = {name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
     if model.tie_embeddings:
         found.pop("lm_head.weight", None)
-    assert sum(int(np.prod(shape, dtype=np.int64)) for shape in found.values()) == count
-    if model.mtp:
-        found |= predictors(theirs, model)
-    shapes, expected = weights.parameter_shapes(ours), {}
-    for row in family.rows(ours):
+    return found, predictors(theirs, model) if model.mtp else {}
+
+
+def our_tensors(family, model, found):
+    """Name and shape of the tensors that the family's table writes, in the form of which most is found."""
+    shapes, expected = weights.parameter_shapes(model), {}
+    for row in family.rows(model):
         expected |= row.shapes(families.choose(row, found), shapes)
-    assert found == expected
+    return expected
 
 
 def predictors(theirs, model):
@@ -192,18 +243,24 @@ def predictors(theirs, model):
     import torch
     from transformers.modeling_layers import MtpModel
 
-    with torch.device("meta"):
-        modules = MtpModel(theirs, model.mtp.num_layers)
-    found = {}
-    for name, tensor in modules.state_dict().items():
-        if name.startswith("layers."):
-            _, depth, rest = name.split(".", 2)
-            rest = {"post_norm.weight": "shared_head.norm.weight"}.get(rest, rest.removeprefix("mtp_block."))
-            found[f"model.layers.{model.num_layers + int(depth)}.{rest}"] = tuple(tensor.shape)
+    if getattr(theirs.config, "num_mtp_layers", None) is None:  # not there yet (GLM-4.7-Flash): a layer like the last, and what joins
+        last, joins = f"model.layers.{model.num_layers - 1}.", ("enorm", "hnorm", "shared_head.norm")
+        layer = {name.removeprefix(last): tuple(tensor.shape) for name, tensor in theirs.state_dict().items() if name.startswith(last)}
+        layer |= {f"{name}.weight": (model.embed,) for name in joins} | {"eh_proj.weight": (model.embed, 2 * model.embed)}
+        found = {f"{depth}.{name}": shape for depth in range(model.mtp.num_layers) for name, shape in layer.items()}
+    else:
+        with torch.device("meta"):
+            modules = MtpModel(theirs, model.mtp.num_layers)
+        found = {}
+        for name, tensor in modules.state_dict().items():
+            if name.startswith("layers."):
+                _, depth, rest = name.split(".", 2)
+                rest = {"post_norm.weight": "shared_head.norm.weight"}.get(rest, rest.removeprefix("mtp_block."))
+                found[f"{depth}.{rest}"] = tuple(tensor.shape)
     for depth in range(model.mtp.num_layers):
-        for name in ("embed_tokens", "shared_head.head"):
-            found[f"model.layers.{model.num_layers + depth}.{name}.weight"] = (model.vocab_size, model.embed)
-    return found
+        found |= {f"{depth}.{name}.weight": (model.vocab_size, model.embed) for name in ("embed_tokens", "shared_head.head")}
+    depths = ((name.split(".", 1), shape) for name, shape in found.items())
+    return {f"model.layers.{model.num_layers + int(depth)}.{rest}": shape for (depth, rest), shape in depths}
 
 
 def test_every_preset_has_its_published_config():

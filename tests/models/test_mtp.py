@@ -36,9 +36,15 @@ CONFIG = {
     "v_head_dim": 12,
     "num_mtp_layers": 2,
 }
+GLM = {name: value for name, value in CONFIG.items() if "_lora_" not in name and "qk_" not in name and name != "v_head_dim"}
+CONFIGS = {
+    "deepseek_v3": CONFIG,
+    "glm4_moe": GLM
+    | {"num_key_value_heads": 2, "head_dim": 16, "attention_bias": True, "use_qk_norm": True, "n_group": 1, "topk_group": 1},
+}
 
 
-def published(folder):
+def published(folder, family="deepseek_v3"):
     """transformers' model and module with random weights, and a folder with both in the published form."""
     torch = pytest.importorskip("torch")
     from safetensors.torch import load_file, save_file
@@ -46,7 +52,7 @@ def published(folder):
     from transformers.modeling_layers import MtpModel
 
     torch.manual_seed(0)
-    config = AutoConfig.for_model("deepseek_v3", **CONFIG)
+    config = AutoConfig.for_model(family, **CONFIGS[family])
     main = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     ahead = MtpModel(main, 2).eval()
     ahead.set_attn_implementation("eager")
@@ -99,13 +105,14 @@ def error(got, want):
 
 
 @pytest.mark.slow
-def test_modules_are_those_of_transformers(tmp_path):
+@pytest.mark.parametrize("family", CONFIGS)
+def test_modules_are_those_of_transformers(family, tmp_path):
     """Logits within 1e-4 of its drafting module's; written again in the published form, it loads them and gives the same."""
     from transformers import AutoModelForCausalLM
     from transformers.modeling_layers import MtpModel
 
     (tmp_path / "theirs").mkdir()
-    main, ahead = published(tmp_path / "theirs")
+    main, ahead = published(tmp_path / "theirs", family)
     source = huggingface.Folder(tmp_path / "theirs")
     assert source.model.mtp == schema.Mtp(num_layers=2)
     model, arrays = build(source)
@@ -119,7 +126,7 @@ def test_modules_are_those_of_transformers(tmp_path):
 
     (tmp_path / "ours").mkdir()
     config = huggingface.write(tmp_path / "ours", source.model, arrays.__getitem__)
-    assert config["model_type"] == "deepseek_v3"
+    assert config["model_type"] == family
     assert config["num_nextn_predict_layers"] == 2
     again = huggingface.Folder(tmp_path / "ours")
     assert {name for name in again.shapes if "shared_head.head" in name or "layers.2.embed_tokens" in name}  # the copies are published

@@ -65,6 +65,21 @@ def test_yarn_mscale():
     np.testing.assert_allclose(cos**2 + sin**2, (0.1 * math.log(40) + 1) ** 2, rtol=1e-5)
 
 
+def test_longrope_divides_by_the_length_of_the_document():
+    """Documents of one row on their own: up to the original length by the short factors, beyond it by the long ones."""
+    scaling = schema.RopeScaling(kind="longrope", factor=4.0, original_length=4, short_factors=(1.0, 2.0), long_factors=(3.0, 8.0))
+    cfg = schema.Rope(theta=100.0, scaling=scaling)
+    positions = np.concatenate([np.arange(4), np.arange(5), np.arange(3)])[None]
+    segments = np.repeat([1, 2, 3], [4, 5, 3])[None]
+    cos, sin = rope.angles(positions, cfg, 4, segments)
+    divisors = np.where((segments == 2)[..., None], scaling.long_factors, scaling.short_factors)
+    phase = positions[..., None] / (divisors * 100.0 ** np.array([0.0, 0.5]))
+    factor = math.sqrt(1 + math.log(4) / math.log(4))
+    np.testing.assert_allclose(cos, factor * np.cos(phase), atol=1e-6)
+    np.testing.assert_allclose(sin, factor * np.sin(phase), atol=1e-6)
+    np.testing.assert_array_equal(rope.angles(positions, cfg, 4)[0][0, :4], cos[0, :4])  # serving: within the original length
+
+
 def test_partial_and_interleaved():
     """Only the first part of a head turns; neighbours and halves are the same rotation in another order."""
     x = np.random.default_rng(0).normal(size=(1, 5, 2, 16)).astype(np.float32)

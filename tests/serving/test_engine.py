@@ -6,7 +6,7 @@ import random
 import jax
 import numpy as np
 import pytest
-from engines import build, log_softmax, padded_logits, run, switched
+from engines import build, log_softmax, logits, padded_logits, run, switched
 
 from maxtrain import SamplingParams
 from maxtrain.config.errors import Refused
@@ -309,3 +309,15 @@ def test_eight_devices_give_what_one_gives(name):
     for (tokens, scores), (want, wanted) in zip(found[1], found[0], strict=True):
         assert tokens == want
         np.testing.assert_allclose(scores, wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_longrope_is_served_within_the_original_length():
+    factors = {"short_factors": [1.0, 1.5, 2.0, 2.5], "long_factors": [2.0, 3.0, 4.0, 5.0]}
+    rope = {"scaling": {"kind": "longrope", "factor": 4.0, "original_length": 32, **factors}}
+    engine, model = build(rope=rope)
+    assert engine.max_length == 32
+    prompt = np.random.default_rng(0).integers(0, 61, 20).tolist()
+    (output,) = run(engine, engine.add(prompt, SamplingParams(temperature=0.0, max_tokens=12)))
+    assert output == logits(model, [*prompt, *output])[19:31].argmax(-1).tolist()
+    with pytest.raises(Refused, match=r"serve\.max_length=33 is longer than rope\.scaling\.original_length=32: longrope turns"):
+        build(serve={"max_length": 33}, rope=rope)

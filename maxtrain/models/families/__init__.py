@@ -11,7 +11,22 @@ from typing import Any
 from maxtrain.config import schema
 from maxtrain.config.errors import Refused
 from maxtrain.config.keys import did_you_mean
-from maxtrain.models.families import cohere, deepseek, gemma, glm, gpt_oss, granite, llama, mixtral, olmo, phi, qwen, qwen3_moe, smollm3
+from maxtrain.models.families import (
+    cohere,
+    deepseek,
+    gemma,
+    glm,
+    glm_moe,
+    gpt_oss,
+    granite,
+    llama,
+    mixtral,
+    olmo,
+    phi,
+    qwen,
+    qwen_moe,
+    smollm3,
+)
 from maxtrain.models.families.family import Family
 from maxtrain.models.families.tensors import Form, Row
 
@@ -26,9 +41,10 @@ MODULES = (
     granite,
     cohere,
     smollm3,
-    qwen3_moe,
+    qwen_moe,
     gpt_oss,
     deepseek,
+    glm_moe,
 )
 FAMILIES: Mapping[str, Family] = {family.model_type: family for module in MODULES for family in module.FAMILIES}
 

@@ -1,5 +1,5 @@
-"""Command R (`cohere`) and Command R7B (`cohere2`): one layer norm before attention and feed-forward side by side; the second
-has windows with, and full attention without, positions."""
+"""Command R and R+ (`cohere`) and Command R7B (`cohere2`): one layer norm before attention and feed-forward side by side;
+the second has windows with, and full attention without, positions."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from maxtrain.models.families.rows import decoder
 
 
 def _keys(fields: Fields) -> dict[str, Any]:
-    bias = fields.get("attention_bias", False)
+    bias, shared = fields.get("attention_bias", False), base(fields, max_length=8192, tied=True)
     return {
-        **base(fields, max_length=8192, tied=True),
+        **shared,
+        "max_length": fields.get("model_max_length", shared["max_length"]),  # Command R: 131072, beside 8192 for the cache of angles
         "norm_eps": fields.get("layer_norm_eps", 1e-5),
         "mlp": fields.need("intermediate_size"),
         "rope": rope.read(fields, 5e5 if fields.values["model_type"] == "cohere" else 1e4).model_copy(update={"interleaved": True}),
@@ -25,6 +26,10 @@ def _keys(fields: Fields) -> dict[str, Any]:
         "qkv_bias": bias,
         "out_bias": bias,
     }
+
+
+def _read(fields: Fields) -> schema.Model:
+    return schema.Model(**_keys(fields), qk_norm="each_head" if fields.get("use_qk_norm", False) else "none")
 
 
 def _read2(fields: Fields) -> schema.Model:
@@ -54,10 +59,9 @@ FAMILIES = (
     Family(
         "cohere",
         "CohereForCausalLM",
-        lambda f: schema.Model(**_keys(f)),
-        _write,
+        _read,
+        lambda model: _write(model) | {"use_qk_norm": model.qk_norm == "each_head"},
         decoder({"attention_norm": "input_layernorm"}),
-        fixed={"use_qk_norm": False},
     ),
     Family(
         "cohere2",
@@ -77,5 +81,6 @@ FAMILIES = (
                 "use_parallel_embedding",
             }
         ),
+        fixed={"use_qk_norm": False},
     ),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 from maxtrain.config import schema
 from maxtrain.config.errors import Refused
@@ -90,27 +90,43 @@ def _softmax_moe(fields: Fields) -> schema.Moe:
     )
 
 
-def mla(fields: Fields) -> schema.Mla:
+def mla(fields: Fields, q_rank: int = 1536, nope_dim: int = 128, value_dim: int = 128) -> schema.Mla:
     """The section `model.mla`; a null `q_lora_rank` is a value: no latent vector of the queries."""
     absent = "q_lora_rank" not in fields.values
     return schema.Mla(
-        q_rank=1536 if absent else fields.get("q_lora_rank"),
+        q_rank=q_rank if absent else fields.get("q_lora_rank"),
         kv_rank=fields.get("kv_lora_rank", 512),
-        nope_dim=fields.get("qk_nope_head_dim", 128),
+        nope_dim=fields.get("qk_nope_head_dim", nope_dim),
         rope_dim=fields.get("qk_rope_head_dim", 64),
-        value_dim=fields.get("v_head_dim", 128),
+        value_dim=fields.get("v_head_dim", value_dim),
     )
 
 
-def mtp(fields: Fields) -> schema.Mtp | None:
-    """The section `model.mtp`."""
-    count = fields.get("num_nextn_predict_layers", 0)
+def leading_dense(fields: Fields, default: int) -> list[str]:
+    """The feed-forward of each layer: dense in the first `first_k_dense_replace`."""
+    first = fields.get("first_k_dense_replace", default)
+    return ["dense" if index < first else "moe" for index in range(fields.need("num_hidden_layers"))]
+
+
+def layers(kinds: list[str], moe: schema.Moe) -> dict[str, Any]:
+    """The keys of `schema.Model` for layers of these kinds of feed-forward."""
+    slots = {"dense": schema.Slot(), "moe": schema.Slot(feed_forward="moe")}
+    return {"moe": moe if "moe" in kinds else None, **pattern.grouped(kinds, slots)}
+
+
+def mtp(fields: Fields, kinds: list[str], default: int) -> schema.Mtp | None:
+    """The section `model.mtp` of a model with layers of these kinds."""
+    count = fields.get("num_nextn_predict_layers", default)
+    if count and kinds[-1] != "moe":
+        raise Refused(f"{fields.place}: num_nextn_predict_layers = {count}: the last layer must have experts, as they do")
     return schema.Mtp(num_layers=count) if count else None
 
 
-def latent_model(fields: Fields, moe: schema.Moe, dense_first: int, rotary: schema.Rope, **more: Any) -> schema.Model:
-    """The model of a config with latent attention and experts in all layers but the first `dense_first`."""
-    shared = base(fields, max_length=more.pop("max_length"))
+def latent_model(
+    fields: Fields, kinds: list[str], moe: schema.Moe, mla: schema.Mla, rotary: schema.Rope, **defaults: Any
+) -> dict[str, Any]:
+    """The keys of `schema.Model` of a config with latent attention and these kinds of layers; `defaults` are those of `base`."""
+    shared = base(fields, **defaults)
     heads, kv_heads = shared["num_heads"], shared.pop("num_kv_heads")
     shared.pop("head_dim")
     if heads != kv_heads:
@@ -120,25 +136,13 @@ def latent_model(fields: Fields, moe: schema.Moe, dense_first: int, rotary: sche
         if section.get("mscale_all_dim") and (scaling is None or scaling.mscale_all_dim is None):
             raise Refused(f"{section.place}: mscale_all_dim is only supported together with yarn's mscale, without an attention_factor")
     biased = fields.get("attention_bias", False)
-    count = shared["num_layers"]
-    kinds: list[Literal["dense", "moe"]] = ["dense" if index < dense_first else "moe" for index in range(count)]
-    used = "moe" in kinds
-    return schema.Model(
-        **shared,
-        mlp=fields.need("intermediate_size"),
-        mla=mla(fields),
-        rope=rotary,
-        qkv_bias=biased,
-        out_bias=biased,
-        moe=moe if used else None,
-        **pattern.grouped(kinds, {kind: schema.Slot(feed_forward=kind) for kind in dict.fromkeys(kinds)}),
-        **more,
-    )
+    return {**shared, **layers(kinds, moe), "mla": mla, "rope": rotary, "qkv_bias": biased, "out_bias": biased}
 
 
 def _read_v2(fields: Fields) -> schema.Model:
-    rotary = rope.read(fields).model_copy(update={"interleaved": True})
-    return latent_model(fields, _softmax_moe(fields), fields.get("first_k_dense_replace", 0), rotary, max_length=2048)
+    rotary, kinds = rope.read(fields).model_copy(update={"interleaved": True}), leading_dense(fields, 0)
+    found = latent_model(fields, kinds, _softmax_moe(fields), mla(fields), rotary, max_length=2048)
+    return schema.Model(**found, mlp=fields.need("intermediate_size"))
 
 
 V3 = {
@@ -154,26 +158,16 @@ V3 = {
 
 def _read_v3(fields: Fields) -> schema.Model:
     rotary = rope.read(fields).model_copy(update={"interleaved": fields.get("rope_interleave", True)})
-    dense_first, predictors = fields.get("first_k_dense_replace", 3), mtp(fields)
-    if predictors and dense_first >= fields.need("num_hidden_layers"):
-        raise Refused(f"{fields.place}: num_nextn_predict_layers = {predictors.num_layers}: the last layer must have experts, as they do")
-    return latent_model(fields, sigmoid_moe(fields, **V3), dense_first, rotary, max_length=4096, mtp=predictors)
+    kinds, moe = leading_dense(fields, 3), sigmoid_moe(fields, **V3)
+    found = latent_model(fields, kinds, moe, mla(fields), rotary, max_length=4096, kv_heads=128)
+    return schema.Model(**found, mlp=fields.need("intermediate_size"), mtp=mtp(fields, kinds, 1))
 
 
-def _write(model: schema.Model) -> dict[str, Any]:
-    """The fields that V2 and V3 share."""
-    moe, mla = model.moe or schema.Moe(num_experts=2, experts_per_token=1, mlp=model.mlp, shared_mlp=model.mlp), model.mla or schema.Mla()
+def moe_config(model: schema.Model) -> dict[str, Any]:
+    """The fields of the experts, of the leading dense layers and of multi-token prediction."""
+    moe = model.moe or schema.Moe(num_experts=2, experts_per_token=1, mlp=model.mlp, shared_mlp=model.mlp)
     dense = [model.slots[kind].feed_forward == "dense" for kind in model.kinds]
     return {
-        **{name: value for name, value in base_config(model).items() if name != "head_dim"},
-        "num_key_value_heads": model.num_heads,
-        "intermediate_size": model.mlp,
-        "attention_bias": model.qkv_bias,
-        "q_lora_rank": mla.q_rank,
-        "kv_lora_rank": mla.kv_rank,
-        "qk_nope_head_dim": mla.nope_dim,
-        "qk_rope_head_dim": mla.rope_dim,
-        "v_head_dim": mla.value_dim,
         "first_k_dense_replace": next((index for index, is_dense in enumerate(dense) if not is_dense), len(dense)),
         "n_routed_experts": moe.num_experts,
         "num_experts_per_tok": moe.experts_per_token,
@@ -184,18 +178,34 @@ def _write(model: schema.Model) -> dict[str, Any]:
         "n_group": moe.num_groups,
         "topk_group": moe.groups_per_token,
         "aux_loss_alpha": moe.aux_loss,
+        "num_nextn_predict_layers": model.mtp.num_layers if model.mtp else 0,
+    }
+
+
+def write_latent(model: schema.Model) -> dict[str, Any]:
+    """The fields of a model with latent attention."""
+    mla = model.mla or schema.Mla()
+    return {
+        **{name: value for name, value in base_config(model).items() if name != "head_dim"},
+        **moe_config(model),
+        "num_key_value_heads": model.num_heads,
+        "intermediate_size": model.mlp,
+        "attention_bias": model.qkv_bias,
+        "q_lora_rank": mla.q_rank,
+        "kv_lora_rank": mla.kv_rank,
+        "qk_nope_head_dim": mla.nope_dim,
+        "qk_rope_head_dim": mla.rope_dim,
+        "v_head_dim": mla.value_dim,
         "rope_parameters": rope.write(model.rope),
+        "rope_interleave": model.rope.interleaved,
     }
 
 
 def _write_v2(model: schema.Model) -> dict[str, Any]:
     limited = model.moe is not None and model.moe.groups_per_token < model.moe.num_groups
-    return {**_write(model), "norm_topk_prob": False, "topk_method": "group_limited_greedy" if limited else "greedy"}
-
-
-def _write_v3(model: schema.Model) -> dict[str, Any]:
-    ahead = {"num_nextn_predict_layers": model.mtp.num_layers if model.mtp else 0}
-    return {**_write(model), "rope_interleave": model.rope.interleaved, **ahead}
+    later = ("rope_interleave", "num_nextn_predict_layers")
+    found = {name: value for name, value in write_latent(model).items() if name not in later}
+    return {**found, "norm_topk_prob": False, "topk_method": "group_limited_greedy" if limited else "greedy"}
 
 
 IGNORED = frozenset(
@@ -228,7 +238,7 @@ FAMILIES = (
             name,
             "DeepseekV3ForCausalLM",
             _read_v3,
-            _write_v3,
+            write_latent,
             ROWS,
             ignored=IGNORED,
             fixed=FIXED | {"scoring_func": "sigmoid", "topk_method": "noaux_tc"},

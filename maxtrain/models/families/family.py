@@ -90,15 +90,19 @@ def function(model: schema.Model) -> dict[str, Any]:
     return values
 
 
-def base(fields: Fields, *, eps: float = 1e-6, max_length: int = 2048, tied: bool = False) -> dict[str, Any]:
-    """The keys of `schema.Model` that nearly all families read from the same fields, and the family's defaults for absent ones."""
+def base(fields: Fields, *, eps: float = 1e-6, max_length: int = 2048, tied: bool = False, kv_heads: int | None = None) -> dict[str, Any]:
+    """The keys of `schema.Model` that nearly all families read from the same fields, and the family's defaults for absent ones.
+
+    Where the number of key and value heads is null, or absent without a default `kv_heads`, there are as many as query heads.
+    """
     heads = fields.need("num_attention_heads")
+    default = heads if "num_key_value_heads" in fields.values else kv_heads or heads
     return {
         "vocab_size": fields.need("vocab_size"),
         "embed": fields.need("hidden_size"),
         "num_layers": fields.need("num_hidden_layers"),
         "num_heads": heads,
-        "num_kv_heads": fields.get("num_key_value_heads", heads),
+        "num_kv_heads": fields.get("num_key_value_heads", default),
         "head_dim": fields.get("head_dim"),
         "max_length": fields.get("max_position_embeddings", max_length),
         "norm_eps": fields.get("rms_norm_eps", eps),

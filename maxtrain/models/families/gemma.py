@@ -19,10 +19,10 @@ SANDWICH = {
 }
 
 
-def _shared(fields: Fields, activation: str) -> dict[str, Any]:
+def _shared(fields: Fields, activation: str, kv_heads: int) -> dict[str, Any]:
     """What the three have in common; `activation` is the field that names it."""
     return {
-        **base(fields, max_length=8192, tied=True),
+        **base(fields, max_length=8192, tied=True, kv_heads=kv_heads),
         "head_dim": fields.get("head_dim", 256),
         "mlp": fields.need("intermediate_size"),
         "activation": fields.one_of(activation, ACTIVATIONS, "gelu_pytorch_tanh"),
@@ -32,25 +32,22 @@ def _shared(fields: Fields, activation: str) -> dict[str, Any]:
 
 
 def _read(fields: Fields) -> schema.Model:
-    return schema.Model(**_shared(fields, "hidden_act"), rope=rope.read(fields))
+    return schema.Model(**_shared(fields, "hidden_act", 16), rope=rope.read(fields))
 
 
-def _later(fields: Fields) -> dict[str, Any]:
-    """What came with Gemma 2: norms on both sides, a scale and a softcap of their own."""
+def _later(fields: Fields, softcaps: tuple[float, float] | tuple[None, None] = (None, None)) -> dict[str, Any]:
+    """What came with Gemma 2: norms on both sides, a scale and softcaps, which are these where absent and none where null."""
     fields.get("hidden_act")
-    softcaps = {
-        "attention_softcap": fields.values.get("attn_logit_softcapping"),
-        "final_softcap": fields.values.get("final_logit_softcapping"),
-    }
-    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
-        fields.get(name)
+    names = ("attn_logit_softcapping", "final_logit_softcapping")
+    caps = [fields.get(name, None if name in fields.values else default) for name, default in zip(names, softcaps, strict=True)]
     scale = float(fields.get("query_pre_attn_scalar", 256)) ** -0.5
-    return {**_shared(fields, "hidden_activation"), **softcaps, "norm_placement": "sandwich", "attention_scale": scale}
+    found = {"attention_softcap": caps[0], "final_softcap": caps[1], "norm_placement": "sandwich", "attention_scale": scale}
+    return {**_shared(fields, "hidden_activation", 4), **found}
 
 
 def _read2(fields: Fields) -> schema.Model:
     slots = {pattern.FULL: schema.Slot(), pattern.SLIDING: schema.Slot(window=fields.get("sliding_window", 4096))}
-    return schema.Model(**_later(fields), **pattern.grouped(pattern.layer_types(fields, 2), slots), rope=rope.read(fields))
+    return schema.Model(**_later(fields, (50.0, 30.0)), **pattern.grouped(pattern.layer_types(fields, 2), slots), rope=rope.read(fields))
 
 
 def _read3(fields: Fields) -> schema.Model:

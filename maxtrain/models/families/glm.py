@@ -20,7 +20,7 @@ SANDWICH = {
 
 def _keys(fields: Fields) -> dict[str, Any]:
     turned = rope.read(fields, fraction=0.5).model_copy(update={"interleaved": True})
-    keys = base(fields, eps=1.5625e-7, max_length=131072) | {"head_dim": fields.get("head_dim", 128)}
+    keys = base(fields, eps=1.5625e-7, max_length=131072, kv_heads=2) | {"head_dim": fields.get("head_dim", 128)}
     return {**keys, "mlp": fields.need("intermediate_size"), "rope": turned, "qkv_bias": fields.get("attention_bias", True)}
 
 

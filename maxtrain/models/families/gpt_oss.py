@@ -6,14 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from maxtrain.config import schema
-from maxtrain.config.errors import Refused
 from maxtrain.models.families import pattern, rope
 from maxtrain.models.families.family import Family, base, base_config
 from maxtrain.models.families.fields import Fields
 from maxtrain.models.families.rows import decoder
 from maxtrain.models.families.tensors import ALTERNATING, Form, Row, linear, same
 
-TYPES = ("sliding_attention", "full_attention")
+TYPES = (pattern.SLIDING, pattern.FULL)
 
 
 def _experts(model: schema.Model, slot: schema.Slot, ours: str, theirs: str) -> Iterator[Row]:
@@ -38,15 +37,16 @@ def _read(fields: Fields) -> schema.Model:
         expert_bias=True,
         aux_loss=fields.get("router_aux_loss_coef", 0.001),
     )
-    shared, biased = base(fields, eps=1e-5, max_length=131072), fields.get("attention_bias", True)
-    window = fields.get("sliding_window", 128)
-    types = fields.get("layer_types", [TYPES[index % 2] for index in range(shared["num_layers"])])
-    if len(types) != shared["num_layers"] or not set(types) <= set(TYPES):
-        raise Refused(f"{fields.place}: layer_types = {types!r}: one of {' and '.join(TYPES)} is expected for every layer")
+    shared, biased = base(fields, eps=1e-5, max_length=131072, kv_heads=8), fields.get("attention_bias", True)
+    window, rotary = fields.get("sliding_window", 128), rope.read(fields, 150000.0)
+    if not fields.get("rope_parameters") and not fields.get("rope_scaling"):
+        scaling = schema.RopeScaling(kind="yarn", factor=32.0, original_length=4096, truncate=False)
+        rotary = rotary.model_copy(update={"scaling": scaling})
+    types = pattern.layer_types(fields, 2)
     windows = dict(zip(TYPES, (window, None), strict=True))
     return schema.Model(
         **shared | {"activation": "clamped_swiglu", "head_dim": fields.get("head_dim", 64)},
-        rope=rope.read(fields, 150000.0),
+        rope=rotary,
         qkv_bias=biased,
         out_bias=biased,
         attention_sinks=True,

@@ -19,6 +19,7 @@ def _read(fields: Fields) -> schema.Model:
         rope=rope.read(fields),
         qkv_bias=bias,
         out_bias=bias,
+        mlp_bias=fields.get("mlp_bias", False),
         embedding_multiplier=float(fields.get("embedding_multiplier", 1.0)),
         residual_multiplier=float(fields.get("residual_multiplier", 1.0)),
         attention_scale=float(fields.get("attention_multiplier", 1.0)),
@@ -33,6 +34,7 @@ def _write(model: schema.Model) -> dict[str, Any]:
         "intermediate_size": model.mlp,
         "rope_parameters": rope.write(model.rope),
         "attention_bias": model.out_bias,
+        "mlp_bias": model.mlp_bias,
         "embedding_multiplier": model.embedding_multiplier,
         "residual_multiplier": model.residual_multiplier,
         "attention_multiplier": model.attention_scale or model.head_width**-0.5,
@@ -40,4 +42,4 @@ def _write(model: schema.Model) -> dict[str, Any]:
     }
 
 
-FAMILIES = (Family("granite", "GraniteForCausalLM", _read, _write, decoder(), fixed={"mlp_bias": False}),)
+FAMILIES = (Family("granite", "GraniteForCausalLM", _read, _write, decoder()),)

@@ -29,7 +29,7 @@ def _read(fields: Fields) -> schema.Model:
         aux_loss=fields.get("router_aux_loss_coef", 0.001),
     )
     slots = {"layer": schema.Slot(feed_forward="moe", window=fields.get("sliding_window"))}
-    return schema.Model(**base(fields, eps=1e-5, max_length=131072), rope=rope.read(fields, 1e6), moe=moe, slots=slots)
+    return schema.Model(**base(fields, eps=1e-5, max_length=131072, kv_heads=8), rope=rope.read(fields, 1e6), moe=moe, slots=slots)
 
 
 def _write(model: schema.Model) -> dict[str, Any]:

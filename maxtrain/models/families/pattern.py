@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from maxtrain.config import schema
+from maxtrain.config.errors import Refused
 from maxtrain.models.families.fields import Fields
 
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -14,10 +15,15 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 def layer_types(fields: Fields, period: int | None) -> list[str]:
     """The type of each layer; where the config lists none, every `period`-th layer sees everything, all do for None."""
     count = fields.need("num_hidden_layers")
-    listed = fields.get("layer_types")
-    if listed is not None:
-        return list(listed)
-    return [SLIDING if period is not None and (index + 1) % period else FULL for index in range(count)]
+    return listed(fields, [SLIDING if period is not None and (index + 1) % period else FULL for index in range(count)])
+
+
+def listed(fields: Fields, default: Sequence[str]) -> list[str]:
+    """The field `layer_types`, `default` where it is absent; `Refused` for another type or number of layers."""
+    types = list(fields.get("layer_types", default))
+    if len(types) != len(default) or not set(types) <= {SLIDING, FULL}:
+        raise Refused(f"{fields.place}: layer_types = {types!r:.200}: {SLIDING} or {FULL} is expected for each of {len(default)} layers")
+    return types
 
 
 def grouped(kinds: Sequence[str], slots: Mapping[str, schema.Slot]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Phi-3 and Phi-4: Llama with fused projections, and a part of each head rotated in Phi-4-mini."""
+"""Phi-3 and Phi-4: Llama with fused projections; LongRoPE in those of long context, a part of each head rotated in Phi-4-mini."""
 
 from __future__ import annotations
 
@@ -10,17 +10,26 @@ from maxtrain.models.families.family import Family, base, base_config
 from maxtrain.models.families.fields import Fields
 from maxtrain.models.families.rows import decoder, fused_gated, fused_qkv
 
+LONGROPE = rope.SCALINGS["longrope"]._replace(read=lambda section, config: rope.read_longrope(section, config, 4096))
+KINDS = {"default": rope.SCALINGS["default"]} | dict.fromkeys(("longrope", "su", "yarn"), LONGROPE)  # the last two in early files
+
 
 def _read(fields: Fields) -> schema.Model:
     slots = {"layer": schema.Slot(window=fields.get("sliding_window"))}
-    keys = base(fields, eps=1e-5, max_length=4096)
-    return schema.Model(**keys, mlp=fields.need("intermediate_size"), rope=rope.read(fields, fraction=1.0), slots=slots)
+    keys, rotary = base(fields, eps=1e-5, max_length=4096), rope.read(fields, fraction=1.0, kinds=KINDS)
+    return schema.Model(**keys, mlp=fields.need("intermediate_size"), rope=rotary, slots=slots)
 
 
 def _write(model: schema.Model) -> dict[str, Any]:
-    window = model.slots[model.kinds[0]].window
+    scaling, window = model.rope.scaling, model.slots[model.kinds[0]].window
     found = {key: value for key, value in base_config(model).items() if key != "head_dim"}  # the class has none
-    return {**found, "intermediate_size": model.mlp, "rope_parameters": rope.write(model.rope), "sliding_window": window}
+    return {
+        **found,
+        "intermediate_size": model.mlp,
+        "rope_parameters": rope.write(model.rope),
+        "original_max_position_embeddings": scaling.original_length if scaling else model.max_length,
+        "sliding_window": window,
+    }
 
 
 FAMILIES = (
@@ -30,7 +39,7 @@ FAMILIES = (
         _read,
         _write,
         decoder(attention=fused_qkv, feed_forward=fused_gated),
-        ignored=frozenset({"original_max_position_embeddings"}),  # read by the scaling that is refused
-        fixed={"attention_bias": False},
+        ignored=frozenset({"original_max_position_embeddings"}),  # read with LongRoPE only
+        fixed={"attention_bias": False, "mlp_bias": False, "lm_head_bias": False, "full_attn_mod": 1, "interpolate_factor": 1},
     ),
 )

@@ -16,19 +16,22 @@ def _layers(fields: Fields) -> dict[str, Any]:
     window = fields.get("sliding_window", 4096)
     window = window if fields.get("use_sliding_window", False) else None
     default = [pattern.SLIDING if window and index >= first else pattern.FULL for index in range(count)]
-    types = list(fields.get("layer_types", default))
-    return pattern.grouped(types, {pattern.FULL: schema.Slot(), pattern.SLIDING: schema.Slot(window=window)})
+    return pattern.grouped(pattern.listed(fields, default), {pattern.FULL: schema.Slot(), pattern.SLIDING: schema.Slot(window=window)})
 
 
 def _read(fields: Fields) -> schema.Model:
     return schema.Model(
-        **base(fields, max_length=32768), **_layers(fields), mlp=fields.need("intermediate_size"), rope=rope.read(fields), qkv_bias=True
+        **base(fields, max_length=32768, kv_heads=32),
+        **_layers(fields),
+        mlp=fields.need("intermediate_size"),
+        rope=rope.read(fields),
+        qkv_bias=True,
     )
 
 
 def _read3(fields: Fields) -> schema.Model:
     bias = fields.get("attention_bias", False)
-    keys = {**base(fields, max_length=32768), "head_dim": fields.get("head_dim", 128)}
+    keys = {**base(fields, max_length=32768, kv_heads=32), "head_dim": fields.get("head_dim", 128)}
     parts = {"mlp": fields.need("intermediate_size"), "rope": rope.read(fields), "qk_norm": "head", "qkv_bias": bias, "out_bias": bias}
     return schema.Model(**keys, **_layers(fields), **parts)
 

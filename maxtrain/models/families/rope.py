@@ -62,6 +62,32 @@ def _write_yarn(scaling: schema.RopeScaling) -> dict[str, Any]:
     }
 
 
+def read_longrope(rope: Fields, config: Fields, default: int | None = None) -> schema.RopeScaling:
+    """LongRoPE, whose original length may be named beside its section, which counts; `default` is a family's."""
+    inner, length = rope.get("original_max_position_embeddings"), config.need("max_position_embeddings")
+    original = config.get("original_max_position_embeddings", default) or inner or length
+    return schema.RopeScaling(
+        kind="longrope",
+        factor=rope.get("factor", length / original),
+        original_length=original,
+        attention_factor=rope.get("attention_factor"),
+        short_factors=tuple(rope.need("short_factor")),
+        long_factors=tuple(rope.need("long_factor")),
+    )
+
+
+def _write_longrope(scaling: schema.RopeScaling) -> dict[str, Any]:
+    optional = {} if scaling.attention_factor is None else {"attention_factor": scaling.attention_factor}
+    return {
+        "rope_type": "longrope",
+        "factor": scaling.factor,
+        "original_max_position_embeddings": scaling.original_length,
+        "short_factor": list(scaling.short_factors),
+        "long_factor": list(scaling.long_factors),
+        **optional,
+    }
+
+
 SCALINGS: Mapping[str, Scaling] = {
     "default": Scaling(lambda rope, config: None, lambda scaling: {"rope_type": "default"}),
     "linear": Scaling(
@@ -70,10 +96,17 @@ SCALINGS: Mapping[str, Scaling] = {
     ),
     "llama3": Scaling(_read_llama3, _write_llama3),
     "yarn": Scaling(_read_yarn, _write_yarn),
+    "longrope": Scaling(read_longrope, _write_longrope),
 }
 
 
-def read(config: Fields, theta: float = 10000.0, layer_type: str | None = None, fraction: float | None = None) -> schema.Rope:
+def read(
+    config: Fields,
+    theta: float = 10000.0,
+    layer_type: str | None = None,
+    fraction: float | None = None,
+    kinds: Mapping[str, Scaling] = SCALINGS,
+) -> schema.Rope:
     """The rotary embedding of a config.
 
     Args:
@@ -81,6 +114,7 @@ def read(config: Fields, theta: float = 10000.0, layer_type: str | None = None, 
         theta: the family's base where the config names none.
         layer_type: which entry to take where `rope_parameters` has one for each type of layer (`full_attention`).
         fraction: the share of a head that is rotated where the config names none; None for families that rotate all of it.
+        kinds: what the family calls the kinds of scaling.
 
     Raises:
         Refused: the kind of scaling is not supported, or both forms are there and differ.
@@ -103,7 +137,7 @@ def read(config: Fields, theta: float = 10000.0, layer_type: str | None = None, 
     kind = "rope_type" if "rope_type" in scaling.values else "type"
     if kind == "rope_type":
         scaling.get("type")  # older files repeat it under this name
-    found = scaling.one_of(kind, SCALINGS, "default").read(scaling, config)
+    found = scaling.one_of(kind, kinds, "default").read(scaling, config)
     return schema.Rope(theta=scaling.get("rope_theta", outer), fraction=fraction, scaling=found)
 
 

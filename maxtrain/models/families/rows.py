@@ -68,9 +68,11 @@ def attention_extras(model: schema.Model, ours: str, theirs: str) -> Iterator[Ro
 
 
 def gated(model: schema.Model, slot: schema.Slot, ours: str, theirs: str) -> Iterator[Row]:
-    """A gated feed-forward, a tensor for each of its matrices."""
+    """A gated feed-forward, a tensor for each of its matrices, and its biases."""
     for name in ("gate", "up", "down"):
         yield linear(f"{ours}feed_forward/{name}", f"{theirs}mlp.{name}_proj.weight")
+        if model.mlp_bias:
+            yield same(f"{ours}feed_forward/{name}_bias", f"{theirs}mlp.{name}_proj.bias")
 
 
 def fused_gated(model: schema.Model, slot: schema.Slot, ours: str, theirs: str) -> Iterator[Row]:

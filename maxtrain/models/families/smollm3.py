@@ -16,8 +16,9 @@ def _read(fields: Fields) -> schema.Model:
     rotated = fields.get("no_rope_layers", [int((index + 1) % interval != 0) for index in range(count)])  # 1 where there is rope
     kinds = ["rotary" if there else "plain" for there in rotated]
     layers = pattern.grouped(kinds, {"rotary": schema.Slot(), "plain": schema.Slot(rotary=False)})
-    keys = base(fields, max_length=32768, tied=True)
+    keys = base(fields, max_length=32768, tied=True, kv_heads=4)
     parts = {"mlp": fields.need("intermediate_size"), "rope": rope.read(fields, 2e6), "qkv_bias": bias, "out_bias": bias}
+    parts["mlp_bias"] = fields.get("mlp_bias", False)
     return schema.Model(**keys, **layers, **parts)
 
 
@@ -28,6 +29,7 @@ def _write(model: schema.Model) -> dict[str, Any]:
         "intermediate_size": model.mlp,
         "rope_parameters": rope.write(model.rope),
         "attention_bias": model.out_bias,
+        "mlp_bias": model.mlp_bias,
         "no_rope_layers": [int(model.slots[kind].rotary) for kind in model.kinds],
     }
 
@@ -39,7 +41,7 @@ FAMILIES = (
         _read,
         _write,
         decoder(),
-        ignored=frozenset({"layer_types", "max_window_layers", "sliding_window"}),  # read with use_sliding_window only
-        fixed={"mlp_bias": False, "use_sliding_window": False},
+        ignored=frozenset({"layer_types", "max_window_layers", "sliding_window", "pretraining_tp"}),  # for use_sliding_window and training
+        fixed={"use_sliding_window": False},
     ),
 )

@@ -40,43 +40,6 @@ CASES = {
         "local only": GEMMA | {"layer_types": ["sliding_attention"] * 3},
         "scaled": GEMMA | {"num_hidden_layers": 7, "rope_parameters": TWO_THETAS, "final_logit_softcapping": 3.0},
     },
-    "olmo2": {"plain": SIZES, "bias": SIZES | {"attention_bias": True, "rope_parameters": YARN}},
-    "olmo3": {
-        "plain": SIZES | {"num_hidden_layers": 6, "sliding_window": 16},
-        "yarn": SIZES
-        | {
-            "num_hidden_layers": 5,
-            "sliding_window": 16,
-            "rope_parameters": {"full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}},
-        },
-    },
-    "phi3": {
-        "plain": SIZES,
-        "partial": SIZES
-        | {"sliding_window": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
-    },
-    "glm": {"plain": SIZES | {"head_dim": 16}, "no bias": SIZES | {"head_dim": 8, "attention_bias": False}},
-    "glm4": {"plain": SIZES | {"head_dim": 16}, "no bias": SIZES | {"head_dim": 8, "attention_bias": False}},
-    "granite": {
-        "plain": SIZES | {"attention_bias": True},
-        "multipliers": SIZES
-        | {
-            "embedding_multiplier": 12.0,
-            "residual_multiplier": 0.22,
-            "attention_multiplier": 0.3,
-            "logits_scaling": 8.0,
-            "attention_bias": True,
-        },
-    },
-    "cohere": {"plain": SIZES, "bias": SIZES | {"attention_bias": True, "logit_scale": 0.25, "tie_word_embeddings": True}},
-    "cohere2": {
-        "plain": SIZES | {"num_hidden_layers": 6, "sliding_window": 16},
-        "window only": SIZES | {"sliding_window": 16, "layer_types": ["sliding_attention"] * 3},
-    },
-    "smollm3": {
-        "plain": SIZES | {"num_hidden_layers": 6, "tie_word_embeddings": False, "attention_bias": True},
-        "yarn": SIZES | {"no_rope_layers": [1, 0, 1], "rope_parameters": YARN},
-    },
 }
 
 
@@ -92,9 +55,9 @@ def sizes(model_type, embed, mlp, layers, heads, kv_heads, vocab, **more):
     } | more
 
 
-def qwen2(embed, mlp, layers, heads, kv_heads, vocab=152064, tied=False):
-    more = {"rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "tie_word_embeddings": tied, "use_sliding_window": False}
-    return sizes("qwen2", embed, mlp, layers, heads, kv_heads, vocab, max_position_embeddings=32768, **more)
+def qwen2(embed, mlp, layers, heads, kv_heads, vocab=152064, tied=False, length=32768, eps=1e-6):
+    more = {"rms_norm_eps": eps, "rope_theta": 1000000.0, "tie_word_embeddings": tied, "use_sliding_window": False}
+    return sizes("qwen2", embed, mlp, layers, heads, kv_heads, vocab, max_position_embeddings=length, **more)
 
 
 def qwen3(embed, mlp, layers, heads, tied=False):
@@ -119,7 +82,10 @@ STRETCHED = {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}
 PRESETS = {  # preset: (config.json as published, published number of parameters)
     "qwen2.5-0.5b": (qwen2(896, 4864, 24, 14, 2, 151936, True), 494_032_768),
     "qwen2.5-1.5b": (qwen2(1536, 8960, 28, 12, 2, 151936, True), 1_543_714_304),
+    "qwen2.5-3b": (qwen2(2048, 11008, 36, 16, 2, 151936, True), 3_085_938_688),
     "qwen2.5-7b": (qwen2(3584, 18944, 28, 28, 4), 7_615_616_512),
+    "qwen2.5-14b": (qwen2(5120, 13824, 48, 40, 8, length=131072, eps=1e-5), 14_770_033_664),
+    "qwen2.5-32b": (qwen2(5120, 27648, 64, 40, 8, length=131072, eps=1e-5), 32_763_876_352),
     "qwen2.5-72b": (qwen2(8192, 29568, 80, 64, 8), 72_706_203_648),
     "qwen3-0.6b": (qwen3(1024, 3072, 28, 16, True), 596_049_920),
     "qwen3-1.7b": (qwen3(2048, 6144, 28, 16, True), 1_720_574_976),
@@ -133,5 +99,7 @@ PRESETS = {  # preset: (config.json as published, published number of parameters
     "gemma2-9b": (gemma2(3584, 14336, 42, 16, 8, 256, 256), 9_241_705_984),
     "gemma2-27b": (gemma2(4608, 36864, 46, 32, 16, 128, 144), 27_227_128_320),
     "gemma3-1b": (gemma3(1152, 6912, 26, 4, 1, 256, 256, 512, 262144, 32768), 999_885_952),
+    "gemma3-4b": (gemma3(2560, 10240, 34, 8, 4, 256, 256, 1024, 262208, **STRETCHED), 3_880_263_168),
+    "gemma3-12b": (gemma3(3840, 15360, 48, 16, 8, 256, 256, 1024, 262208, **STRETCHED), 11_766_034_176),
     "gemma3-27b": (gemma3(5376, 21504, 62, 32, 16, 128, 168, 1024, 262208, **STRETCHED), 27_009_346_304),
 }

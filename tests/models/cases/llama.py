@@ -23,6 +23,7 @@ CASES = {
         "tied": SIZES | {"tie_word_embeddings": True, "rms_norm_eps": 1e-5},
         "untied": SIZES | {"tie_word_embeddings": False, "num_key_value_heads": 6},
         "llama 3 rope": SIZES | {"rope_parameters": LLAMA3, "rms_norm_eps": 1e-5},
+        "biases": SIZES | {"attention_bias": True, "mlp_bias": True},
         "wide heads": SIZES | {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}},
     },
     "mistral": {
@@ -49,12 +50,27 @@ def sizes(model_type, embed, mlp, layers, heads, kv_heads, vocab, **more):
     } | more
 
 
+L2 = {"max_position_embeddings": 4096, "tie_word_embeddings": False, "pretraining_tp": 1}
+MISTRAL = {"max_position_embeddings": 32768, "tie_word_embeddings": False}
+NEMO = MISTRAL | {"head_dim": 128, "rope_theta": 1000000.0, "sliding_window": None, "max_position_embeddings": 1024000}
 PRESETS = {  # preset: (config.json as published, published number of parameters)
+    "llama2-7b": (sizes("llama", 4096, 11008, 32, 32, 32, 32000, **L2), 6_738_415_616),
+    "llama2-13b": (sizes("llama", 5120, 13824, 40, 40, 40, 32000, **L2), 13_015_864_320),
+    "llama2-70b": (sizes("llama", 8192, 28672, 80, 64, 8, 32000, **L2), 68_976_648_192),
     "llama3.1-8b": (sizes("llama", 4096, 14336, 32, 32, 8, 128256, **L31), 8_030_261_248),
     "llama3.1-70b": (sizes("llama", 8192, 28672, 80, 64, 8, 128256, **L31), 70_553_706_496),
     "llama3.1-405b": (sizes("llama", 16384, 53248, 126, 128, 8, 128256, **L31), 405_853_388_800),
     "llama3.2-1b": (sizes("llama", 2048, 8192, 16, 32, 8, 128256, head_dim=64, **L32), 1_235_814_400),
     "llama3.2-3b": (sizes("llama", 3072, 8192, 28, 24, 8, 128256, head_dim=128, **L32), 3_212_749_824),
+    "mistral-7b-v0.1": (
+        sizes("mistral", 4096, 14336, 32, 32, 8, 32000, rope_theta=10000.0, sliding_window=4096, **MISTRAL),
+        7_241_732_096,
+    ),
+    "mistral-7b-v0.3": (
+        sizes("mistral", 4096, 14336, 32, 32, 8, 32768, rope_theta=1000000.0, sliding_window=None, **MISTRAL),
+        7_248_023_552,
+    ),
+    "mistral-nemo-12b": (sizes("mistral", 5120, 14336, 40, 32, 8, 131072, **NEMO), 12_247_782_400),
 }
 SMOL = {"max_position_embeddings": 8192, "tie_word_embeddings": True, "rope_interleaved": False, "is_llama_config": True}
 PRESETS |= {

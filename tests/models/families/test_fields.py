@@ -53,7 +53,7 @@ def test_fields_without_effect():
     [
         ({"attention_multiplier": 0.5}, ["attention_multiplier = 0.5", "unknown"]),
         ({"attention_dropout": 0.1}, ["attention_dropout = 0.1", "only 0.0"]),
-        ({"attention_bias": True}, ["attention_bias = True", "only False"]),
+        ({"rope_interleaved": True}, ["rope_interleaved = True", "only False"]),
         ({"hidden_act": "gelu_tanh"}, ["hidden_act = 'gelu_tanh'", "silu"]),
         ({"hidden_size": None}, ["hidden_size is missing"]),
         ({"hidden_size": "48"}, ["embed", "'48'"]),
