@@ -1,0 +1,115 @@
+"""Memory, traffic and time by arithmetic: against the described state, sums by hand, and in the long tier the compiler."""
+
+import jax
+import pytest
+from programs import BATCH, LENGTH, build, make_config
+
+from maxtrain.config import Refused, schema
+from maxtrain.parallel import mesh as meshes
+from maxtrain.parallel.sharding import Layout
+from maxtrain.training import compilation, dry_run, estimate, planner
+from maxtrain.training.collectives import Collective
+from maxtrain.training.estimate import Time, Work
+from maxtrain.training.hardware import CHIPS, Chip
+
+CHIP = CHIPS["TPU v5e"]
+LAYOUTS = [{"fsdp": 8}, {"data": 2, "fsdp": 4}, {"fsdp": 2, "axes": {"tensor": 4}}, {"data": 4, "fsdp": 2, "axes": {"zero1": True}}]
+
+
+def layout_of(config, devices=8):
+    mesh = meshes.make_mesh(config.mesh, jax.devices()[:devices])
+    return Layout(mesh, config.mesh.rules)
+
+
+@pytest.mark.parametrize("sizes", LAYOUTS)
+def test_state_is_counted_to_the_byte(sizes):
+    program = build(make_config("dropless" if "axes" not in sizes else "dense", **sizes))
+    found = estimate.memory(Work.of(program.config), program.layout)
+    assert found["parameters"] == dry_run.bytes_per_device(program.state.model)
+    moments = [leaf for leaf in jax.tree.leaves(program.state.opt_state) if leaf.ndim]
+    assert found["optimizer"] == dry_run.bytes_per_device(moments)
+    assert found["batch"] == pytest.approx(dry_run.bytes_per_device(program.batch(BATCH, LENGTH)), rel=0.01)
+
+
+def test_what_is_computed_again_costs():
+    config = meshes.settle(make_config(), on_cpu=True)
+    times, kept = {}, {}
+    for policy in ("none", "dots", "full"):
+        chosen = config.model_copy(update={"remat": schema.Remat(policy=policy)})
+        times[policy] = Work.of(chosen).hardware_flops
+        kept[policy] = estimate.memory(Work.of(chosen), layout_of(make_config(fsdp=8)))["kept activations"]
+    assert Work.of(config).model_flops < times["none"] < times["dots"] < times["full"] < 4 / 3 * 1.1 * times["none"]
+    assert kept["none"] > kept["dots"] > kept["full"] > 0
+
+
+def test_traffic_of_fsdp_and_replicas():
+    """A step gathers the weights twice, scatters gradients once, and adds them up between replicas in float32."""
+    config = make_config(data=2, fsdp=4)
+    work, layout = Work.of(meshes.settle(config, on_cpu=True)), layout_of(config)
+    found = {(item.kind, item.axes): item for item in estimate.traffic(work, layout, {})}
+    parameters = sum(p.elements(layout) for p in work.parameters)
+    split = 4 * sum(p.elements(layout) for p in work.parameters if "embed" in p.axes)
+    whole = parameters - split // 4 + split
+    assert found["all-gather", ("fsdp",)] == Collective("all-gather", ("fsdp",), "ICI", 4 * whole, 3 * whole, 2, 4)
+    assert found["reduce-scatter", ("fsdp",)].runs == 1
+    assert found["all-reduce", ("data",)].sent == 4 * parameters
+    across = {(item.kind, item.network): item for item in estimate.traffic(work, layout, {"data": 2})}
+    assert across["all-reduce", "DCN"].group == 2
+    assert ("all-reduce", "ICI") not in across
+
+
+def test_step_waits_for_what_is_exposed():
+    chip, sent = Chip(100, 16, 1000, ici=100, dcn=10), 1e9
+    layout, work = layout_of(make_config(fsdp=8)), Work.of(meshes.settle(make_config(), on_cpu=True))
+    beside = Collective("all-gather", ("fsdp",), "ICI", sent, sent, 2, 8)
+    between = Collective("all-reduce", ("tensor",), "ICI", sent, sent, 3, 8)
+    far = Collective("all-reduce", ("data",), "DCN", sent, sent, 1, 2)
+    found = estimate.time(work, layout, chip, [beside, between, far])
+    assert found.hidden == {"ICI": pytest.approx(0.02), "DCN": pytest.approx(0.1)}
+    assert found.exposed == pytest.approx(0.03)
+    assert (found.step, found.bound) == (pytest.approx(0.13), "DCN")
+    assert Time(2.0, 1.0).step == 2.0
+    around = Collective("all-to-all", ("expert",), "ICI", sent, sent, 1, 16)
+    assert estimate.network_seconds(around, chip) == pytest.approx(0.04)  # a quarter of the ring on the way
+
+
+@pytest.fixture
+def slice_of_v5e(monkeypatch):
+    """The simulated devices stand for TPUs."""
+    monkeypatch.setattr(compilation, "chip_of", lambda mesh: CHIP)
+
+
+@pytest.mark.parametrize("model", ["dense", "dropless"])
+def test_plans_can_be_run(model, slice_of_v5e):
+    config = make_config(model)
+    found = planner.plans(config, jax.devices())
+    assert len({tuple(plan.sizes.values()) for plan in found}) >= 3
+    for plan in found:
+        mesh = meshes.make_mesh(plan.config.mesh, jax.devices())
+        meshes.resolve(plan.config, mesh)
+        assert dict(mesh.shape) == dict.fromkeys(meshes.AXES, 1) | plan.sizes
+    fit = [plan for plan in found if plan.memory < planner.FULL * CHIP.memory * (1 << 30)]
+    assert fit == found[: len(fit)]
+    assert [plan.time.step for plan in fit] == sorted(plan.time.step for plan in fit)
+
+
+def test_plan_that_is_pasted_is_the_plan(slice_of_v5e):
+    from maxtrain.config import load
+
+    plan = planner.plans(make_config(), jax.devices())[0]
+    again = load(None, plan.lines).config
+    assert {axis: getattr(again.mesh, axis) for axis in plan.sizes} == plan.sizes
+    assert (again.remat, again.train.microbatches) == (plan.config.remat, plan.config.train.microbatches)
+
+
+def test_advice_says_when_nothing_fits(monkeypatch):
+    monkeypatch.setattr(compilation, "chip_of", lambda mesh: Chip(197, 1e-6, 819, 90, 6.25))
+    assert "No mesh, remat or microbatches would fit" in planner.advice(make_config(), jax.devices())
+    monkeypatch.setattr(compilation, "chip_of", lambda mesh: CHIP)
+    assert planner.advice(make_config(), jax.devices()).count("mesh.fsdp") >= 1
+
+
+def test_no_plan_is_refused(slice_of_v5e):
+    config = make_config().model_copy(update={"data": schema.Data(batch_size=1, length=71)})
+    with pytest.raises(Refused, match="no mesh of 8 devices can share this config"):
+        planner.report(config, jax.devices(), "v5e:2x4")
