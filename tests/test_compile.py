@@ -1,5 +1,6 @@
 """The entry `compile`: what it refuses, and in the long tier reports for slices of TPUs; nothing is executed."""
 
+import json
 import os
 import pathlib
 import re
@@ -88,3 +89,65 @@ def test_what_does_not_fit_comes_with_advice():
     assert "does not fit" in text
     advice = re.search(r"By estimate these would fit:\n  (.*?)  \(", text)[1].split()
     assert "compiled in" in run(*big, *advice)
+
+
+CODE = """
+import dataclasses, json, sys
+from maxtrain.config import load
+from maxtrain.training import compilation, dry_run, estimate
+from maxtrain.training.topology import devices_of
+
+made = compilation.program(load(sys.argv[1], sys.argv[3:]).config, devices_of(sys.argv[2]))
+done = compilation.compiled(made.lower_step(), made.layout.mesh)
+work = estimate.Work.of(made.config)
+print(json.dumps({
+    "traffic": [item._asdict() for item in done.traffic],
+    "theory": [item._asdict() for item in estimate.traffic(work, made.layout, {})],
+    "arguments": done.arguments, "temporary": done.temporary, "total": done.total,
+    "state": dry_run.bytes_per_device((made.state, made.batch(made.config.data.batch_size, made.config.data.length))),
+    "estimated": sum(estimate.memory(work, made.layout).values()),
+    "weights": 2 * sum(leaf.elements(dataclasses.replace(made.layout, rules={})) for leaf in work.parameters),
+}))
+"""
+
+
+def compiled(preset, topology, *words):
+    pytest.importorskip("libtpu")
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    command = [sys.executable, "-c", CODE, f"configs/models/{preset}.yml", topology, *words]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=550)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def sent(items, kind, axis):
+    """Bytes that a device sends in a step, in collectives of a kind along an axis."""
+    return sum(item["sent"] * item["runs"] for item in items if item["kind"] == kind and axis in item["axes"])
+
+
+BIG = ["data.batch_size=64", "data.length=512", "model.embed=1024", "model.mlp=2048", "model.num_layers=4", "model.vocab_size=2048"]
+CASES = {  # preset, topology, words
+    "fsdp": ("llama-tiny", "v5e:2x4", BIG),
+    "fsdp, solid": ("llama-tiny", "v5p:4x4x4", BIG),
+    "remat": ("llama-tiny", "v6e:4x4", [*BIG, "remat.policy=full"]),
+    "tensor": ("llama-tiny", "v5e:2x4", [*BIG, "mesh.tensor=4", "remat.policy=dots"]),
+    "latent": ("deepseek-v2-tiny", "v5e:2x4", [*BIG, "model.moe.mlp=512", "model.moe.shared_mlp=512"]),
+    "expert": ("mixtral-tiny", "v5e:2x4", [*BIG, "model.moe.mlp=1024", "mesh.expert=4"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_compiled_traffic_and_memory_are_what_the_layout_calls_for(name):
+    """Weights are gathered, not added up whole; nothing large is replicated; the arguments are counted within a tenth."""
+    preset, topology, words = CASES[name]
+    found = compiled(preset, topology, *words)
+    traffic, theory = found["traffic"], found["theory"]
+    assert found["arguments"] == pytest.approx(found["state"], rel=0.1)
+    assert sent(traffic, "all-gather", "fsdp") == pytest.approx(sent(theory, "all-gather", "fsdp"), rel=0.6)
+    assert sent(traffic, "all-reduce", "fsdp") < 0.1 * found["weights"]
+    assert found["estimated"] == pytest.approx(found["total"], rel=0.25)
+    if name == "tensor":
+        assert sent(traffic, "reduce-scatter", "tensor") > 10 * sent(traffic, "all-reduce", "tensor")
+    if name == "expert":
+        assert any("all-to-all" in item["kind"] and "expert" in item["axes"] for item in traffic)
