@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from maxtrain.config import schema
-from maxtrain.parallel import sharding
+from maxtrain.parallel import context, sharding
 from maxtrain.parallel.sharding import Layout
 from maxtrain.training import state as states
 from maxtrain.training.optimizer import make_optimizer
@@ -62,7 +62,8 @@ class Program:
 
 
 def make_program(config: schema.Config, layout: Layout, num_sources: int = 1, loss_fn: LossFn | None = None) -> Program:
-    """The program of a resolved config (no `auto` left in it) on a layout."""
+    """The program of a resolved config on a layout, which is told how attention is computed on it."""
+    layout = context.settled(config, layout)
     state = states.describe(config, make_optimizer(config.optimizer, config.precision), layout)
     return Program(config, layout, state, loss_fn or next_token_loss(config, num_sources))
 

@@ -84,7 +84,12 @@ LATENT = schema.Model(
     layer_pattern=("local",),
 )
 BOXED = BIASED.model_copy(update={"moe": BIASED.moe.model_copy(update={"dispatch": "capacity"})})
-AXES_SHORT = [("dense", {"fsdp": 2, "axes": {"tensor": 2}}), (LATENT, {"fsdp": 2, "axes": {"tensor": 2}})]
+AXES_SHORT = [
+    ("dense", {"fsdp": 2, "axes": {"tensor": 2}}),
+    (LATENT, {"fsdp": 2, "axes": {"tensor": 2}}),
+    (LATENT, {"data": 2, "axes": {"context": 2}}),  # a ring in the balanced order
+]
+RING = {"context": 4, "context_attention": "ring"}
 AXES_LONG = [
     ("dense", {"axes": {"tensor": 2}}),
     ("dense", {"axes": {"tensor": 4}}),  # two devices share a kv head
@@ -104,6 +109,25 @@ AXES_LONG = [
     (BIASED, {"axes": {"tensor": 4}}),
     (LATENT, {"data": 2, "axes": {"tensor": 2, "context": 2}}),
     (BOXED, {"axes": {"tensor": 2, "expert": 2}}),
+    # sequences that several devices share, in every way; without a word of it, in a balanced ring
+    ("dense", {"axes": {"context": 8}}),
+    ("dense", {"axes": RING | {"context_order": "natural"}}),
+    ("dense", {"fsdp": 2, "axes": RING | {"context_order": "balanced"}, "microbatches": 2}),
+    ("dense", {"axes": {"context": 4, "context_attention": "all_to_all"}}),  # two devices share a kv head
+    ("dense", {"fsdp": 2, "axes": {"tensor": 2, "context": 2, "context_attention": "all_to_all"}}),
+    ("dense", {"axes": {"context": 4, "context_attention": "gather"}}),
+    (WINDOWED, {"fsdp": 2, "axes": RING}),
+    (WINDOWED, {"axes": RING | {"context_order": "natural"}}),
+    (WINDOWED, {"data": 2, "axes": {"context": 4, "context_attention": "all_to_all"}}),
+    (LATENT, {"axes": RING}),
+    (LATENT, {"fsdp": 2, "axes": RING | {"context_order": "natural"}}),
+    (LATENT, {"axes": {"context": 4, "context_attention": "all_to_all"}}),
+    (BIASED, {"axes": {"context": 2, "expert": 2}}),
+    (BIASED, {"axes": {"context": 4, "context_attention": "all_to_all"}}),
+    (BIASED, {"axes": {"tensor": 2, "context": 2, "context_attention": "all_to_all", "expert": 2}}),
+    (BOXED, {"axes": {"context": 4}}),  # capacity: natural order
+    ("dropless", {"axes": RING | {"expert": 2}}),
+    ("capacity", {"axes": {"context": 2, "expert": 2, "context_attention": "all_to_all"}}),
 ]
 
 
