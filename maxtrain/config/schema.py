@@ -169,6 +169,9 @@ class Train(Section):
     """Weight of the squared log-partition, which keeps logits from drifting (PaLM, section 5)."""
     loss_chunk: PositiveInt = 256
     """Positions of a sequence whose logits exist at the same time."""
+    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
+    """What computes attention over whole sequences. `xla`: products in blocks, anywhere. `splash`: a kernel for TPU. `cudnn`: cuDNN's,
+    for NVIDIA. `auto` takes splash where it can do what the model asks, else xla."""
 
 
 class Optimizer(Section):

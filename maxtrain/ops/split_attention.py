@@ -13,9 +13,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from maxtrain.ops.causal_attention import Options, causal_attention
+from maxtrain.ops.backends import BACKENDS
+from maxtrain.ops.causal_attention import Options
 from maxtrain.ops.ring_attention import ring_attention
-from maxtrain.parallel.sharding import all_to_all, exchange, index, parts, per_shard
+from maxtrain.parallel.sharding import all_to_all, attention_backend, exchange, index, parts, per_shard
 
 
 class Exchange(NamedTuple):
@@ -28,7 +29,7 @@ class Exchange(NamedTuple):
 
 def _whole(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, indices: None, sinks: jax.Array | None, options: Options):
     assert indices is None, "only ring attention reads tokens that are not in natural order"
-    return causal_attention(q, k, v, segments, sinks, options)
+    return BACKENDS[attention_backend()].attention(q, k, v, segments, sinks, options)
 
 
 def _all_to_all(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, indices: None, sinks: jax.Array | None, options: Options):

@@ -35,12 +35,14 @@ class Layout:
 
     exchange: how devices that share a sequence meet in attention, a row of `ops.split_attention.EXCHANGES`.
     balanced: whether tokens along `length` stand in the balanced order of `ops.ring_attention`.
+    attention: what computes attention over a whole sequence, a row of `ops.backends.BACKENDS`.
     """
 
     mesh: jax.sharding.Mesh
     rules: Mapping[Any, tuple[str, ...]]
     exchange: str = "ring"
     balanced: bool = False
+    attention: str = "xla"
 
     def split(self, axis: str | None) -> tuple[str, ...]:
         """The mesh axes, of more than one device, that a logical axis is split over."""
@@ -242,6 +244,12 @@ def exchange() -> str:
     """How devices that share a sequence meet in attention, by the layout in use."""
     layout = _layout.get()
     return "gather" if layout is None else layout.exchange
+
+
+def attention_backend() -> str:
+    """What computes attention over a whole sequence, by the layout in use."""
+    layout = _layout.get()
+    return "xla" if layout is None else layout.attention
 
 
 def is_balanced() -> bool:
