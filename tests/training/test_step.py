@@ -13,6 +13,7 @@ from maxtrain.config import schema
 from maxtrain.parallel.sharding import is_param, kind
 from maxtrain.training import state as states
 from maxtrain.training.optimizer import make_schedule
+from maxtrain.training.program import put_batch
 
 
 def steady(model):
@@ -137,6 +138,17 @@ def test_other_axes_change_nothing(model, layout):
     given = batches(10) if model in ("dense", WINDOWED, LATENT) else decided_batches(model, 10)
     reference = one_device(model)[:10] if isinstance(model, str) and model == "dense" else run(build(make_config(model), 2), given)[0]
     assert_same(run(build(make_config(model, **layout), 2), given)[0], reference)
+
+
+@pytest.mark.slow
+def test_evaluation_of_shared_sequences_changes_nothing():
+    found = []
+    for axes in ({}, {"context": 4}):
+        program = build(make_config(LATENT, axes=axes))
+        step, spec = program.lower_eval(BATCH, LENGTH).compile(), program.batch(BATCH, LENGTH)
+        found.append(jax.device_get(step(program.create(0).model, put_batch(batches(1)[0], spec, list(range(BATCH))))))
+    np.testing.assert_allclose(found[1]["loss"], found[0]["loss"], rtol=1e-5)
+    assert found[1]["tokens"] == found[0]["tokens"]
 
 
 def test_scan_gives_the_unrolled_losses_and_checkpoint(tmp_path):
