@@ -97,6 +97,12 @@ class Mesh(Section):
     """Devices that split the batch and the experts of a mixture; tokens travel to their experts."""
     stage: AxisSize = 1
     """Stages of a pipeline: devices that split the layers."""
+    context_attention: Literal["auto", "ring", "all_to_all", "gather"] = "auto"
+    """How devices that share a sequence see all of it. `ring`: keys and values go around. `all_to_all`: tokens are exchanged for heads
+    (Ulysses). `gather`: each device computes everything. `auto` is `ring`, which any number of heads allows."""
+    context_order: Literal["auto", "balanced", "natural"] = "auto"
+    """Which tokens a device of the ring has. `balanced`: an early and a late chunk, equal work for all. `natural`: neighbours.
+    `auto` is `balanced` unless the length is no multiple of twice the devices or the experts have a capacity."""
     dcn: dict[MeshAxis, PositiveInt] = FrozenDict()
     """Factor of a mesh axis across slices (over the data-centre network), times its size within each slice; 1 where not named."""
     rules: dict[LogicalAxis, Axes] = FrozenDict(
@@ -132,6 +138,11 @@ class Mesh(Section):
         for axis, size in sizes.items():
             if axis not in ruled and size * self.dcn.get(axis, 1) > 1:
                 raise ValueError(f"{axis}={size}, but no rule splits anything over {axis}: name it in rules or set it to 1")
+        chosen = sorted(self.changed & {"context_attention", "context_order"})
+        if chosen and all(sizes[axis] * self.dcn.get(axis, 1) == 1 for axis in self.rules.get("length", ())):
+            raise ValueError(f"{chosen[0]} has no effect, as no sequence is split: set context above 1 or {chosen[0]} to auto")
+        if self.context_order != "auto" and self.context_attention in ("all_to_all", "gather"):
+            raise ValueError(f"context_order has no effect with context_attention: {self.context_attention}; remove one of them")
         for name, axes in self.rules.items():
             if len(set(axes)) != len(axes):
                 raise ValueError(f"rules.{name} names a mesh axis twice: {list(axes)}")
@@ -160,6 +171,9 @@ class Train(Section):
     """Weight of the squared log-partition, which keeps logits from drifting (PaLM, section 5)."""
     loss_chunk: PositiveInt = 256
     """Positions of a sequence whose logits exist at the same time."""
+    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
+    """What computes attention over whole sequences. `xla`: products in blocks, anywhere. `splash`: a kernel for TPU. `cudnn`: cuDNN's,
+    for NVIDIA. `auto` takes splash where it can do what the model asks, else xla."""
 
 
 class Optimizer(Section):

@@ -19,6 +19,7 @@ from jax.experimental import mesh_utils
 
 from maxtrain.config import schema
 from maxtrain.config.errors import Refused
+from maxtrain.parallel import context
 from maxtrain.parallel.sharding import Layout
 
 ACCELERATORS = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin")  # packages without which jax finds CPUs only
@@ -141,8 +142,7 @@ def _check_batch(config: schema.Config, shards: int) -> None:
 
 def _check_parts(config: schema.Config, layout: Layout) -> None:
     """Refuse what the devices of an axis cannot share evenly, as far as the shapes of parameters do not show it."""
-    lengths = {"data.length": config.data.length} | ({"eval.length": config.eval_length} if config.eval.sets else {})
-    for key, length in lengths.items():
+    for key, length in context.lengths(config).items():
         for axis in ("length", "residual"):
             if length % layout.parts(axis):
                 names = "+".join(layout.split(axis))
@@ -155,3 +155,4 @@ def _check_parts(config: schema.Config, layout: Layout) -> None:
             f"model.num_heads={model.num_heads} and model.num_kv_heads={model.kv_heads} cannot be shared by the {devices} devices of "
             f"{'+'.join(layout.split('heads'))}: the heads must be a multiple of them, the kv heads a multiple or a divisor"
         )
+    context.settled(config, layout)

@@ -31,10 +31,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Layout:
-    """A mesh and the rules by which logical axes are split over it."""
+    """A mesh and the rules by which logical axes are split over it.
+
+    exchange: how devices that share a sequence meet in attention, a row of `ops.split_attention.EXCHANGES`.
+    balanced: whether tokens along `length` stand in the balanced order of `ops.ring_attention`.
+    attention: what computes attention over a whole sequence, a row of `ops.backends.BACKENDS`.
+    """
 
     mesh: jax.sharding.Mesh
     rules: Mapping[Any, tuple[str, ...]]
+    exchange: str = "ring"
+    balanced: bool = False
+    attention: str = "xla"
 
     def split(self, axis: str | None) -> tuple[str, ...]:
         """The mesh axes, of more than one device, that a logical axis is split over."""
@@ -232,6 +240,24 @@ def parts(axis: str) -> int:
     return 1 if layout is None else layout.parts(axis)
 
 
+def exchange() -> str:
+    """How devices that share a sequence meet in attention, by the layout in use."""
+    layout = _layout.get()
+    return "gather" if layout is None else layout.exchange
+
+
+def attention_backend() -> str:
+    """What computes attention over a whole sequence, by the layout in use."""
+    layout = _layout.get()
+    return "xla" if layout is None else layout.attention
+
+
+def is_balanced() -> bool:
+    """Whether tokens along `length` stand in the balanced order in the layout in use."""
+    layout = _layout.get()
+    return layout is not None and layout.balanced
+
+
 def is_split() -> bool:
     """Whether the layout in use spreads arrays over several devices."""
     layout = _layout.get()
@@ -289,6 +315,12 @@ def index(axis: str) -> Any:
 def all_to_all(x: jax.Array, axis: str, *, split: int, concat: int) -> jax.Array:
     """Within `per_shard`: part i of dim `split` goes to device i of a logical axis; what arrives is put together along dim `concat`."""
     return jax.lax.all_to_all(x, _names(axis), split, concat, tiled=True)
+
+
+def permute(x: T, axis: str) -> T:
+    """Within `per_shard`: the arrays of the device before this one along a logical axis, around in a ring."""
+    names, n = _names(axis), parts(axis)
+    return jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, names, [(i, (i + 1) % n) for i in range(n)]), x)
 
 
 def ragged_all_to_all(x: jax.Array, room: jax.Array, transfer: tuple[jax.Array, ...], axis: str) -> jax.Array:

@@ -16,7 +16,8 @@ import jax
 from maxtrain.config import schema
 from maxtrain.models import flops
 from maxtrain.models.decoder import Decoder
-from maxtrain.ops.attention import MAX_BLOCKS, MIN_BLOCK
+from maxtrain.ops.causal_attention import MAX_BLOCKS, MIN_BLOCK
+from maxtrain.ops.splash_attention import BLOCK
 from maxtrain.parallel.mesh import optimizer_layout
 from maxtrain.parallel.sharding import Axes, Layout, is_param, param_axes, path_name
 from maxtrain.training.collectives import Collective
@@ -135,7 +136,8 @@ def _working(config: schema.Config, layout: Layout, name: str, tokens: int, widt
     """Bytes that the backward pass of one layer takes while it runs."""
     model, length = config.model, config.data.length
     attention, hidden = _widths(config, layout, name)
-    block = max(MIN_BLOCK, -(-length // MAX_BLOCKS))
+    kernel = config.train.attention == "splash" or (config.train.attention == "auto" and width == 2 and length % BLOCK == 0)
+    block = 0 if kernel else max(MIN_BLOCK, -(-length // MAX_BLOCKS))
     scores = tokens / length * layout.parts("length") * model.num_heads / layout.parts("heads") * block * length * (4 + 4 + width)
     moe = model.moe if model.slots[name].feed_forward == "moe" else None
     routed = 0.0 if moe is None else 4 * width * tokens * moe.experts_per_token * model.embed
@@ -228,10 +230,10 @@ def traffic(work: Work, layout: Layout, slices: Mapping[str, int]) -> list[Colle
         add("reduce-scatter", tensor, width * tokens * model.embed, layers * (4 + remat) * micro)
     context = layout.split("length")
     if context:
-        keys = 2 * model.kv_heads * model.head_width / layout.parts("heads")
-        whole = width * tokens * layout.parts("length") * keys
-        add("all-gather", context, whole, layers * (1 + remat) * micro)
-        add("reduce-scatter", context, whole, layers * micro)
+        keys, others = tokens * 2 * model.kv_heads * model.head_width / layout.parts("heads"), layout.parts("length") - 1
+        passes = width * (2 + remat) + 4  # forward, again, and backward with the gradients in float32
+        for _ in range(layers * micro):
+            found.append(Collective("collective-permute", context, "ICI", passes * keys, passes * keys, others, others + 1))
     experts, moe = layout.split("expert"), model.moe
     if experts and moe is not None:
         routed = sum(model.slots[name].feed_forward == "moe" for name in model.trained_kinds)

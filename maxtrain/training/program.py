@@ -5,6 +5,7 @@ The loop, the dry run and compilation for another machine all start from here, s
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from maxtrain.config import schema
-from maxtrain.parallel import sharding
+from maxtrain.ops import backends
+from maxtrain.parallel import context, sharding
 from maxtrain.parallel.sharding import Layout
 from maxtrain.training import state as states
 from maxtrain.training.optimizer import make_optimizer
@@ -62,7 +64,9 @@ class Program:
 
 
 def make_program(config: schema.Config, layout: Layout, num_sources: int = 1, loss_fn: LossFn | None = None) -> Program:
-    """The program of a resolved config (no `auto` left in it) on a layout."""
+    """The program of a resolved config on a layout, which is told how attention is computed on it."""
+    layout = context.settled(config, layout)
+    layout = dataclasses.replace(layout, attention=backends.chosen(config, layout))
     state = states.describe(config, make_optimizer(config.optimizer, config.precision), layout)
     return Program(config, layout, state, loss_fn or next_token_loss(config, num_sources))
 

@@ -28,6 +28,9 @@ BREAKING = ("model.", "data.tokenizer.", "optimizer.kind", "precision.params", "
 HARMLESS = ("model.layers", "model.max_length", "model.init_scale", "model.init_from")
 # A finished run is opened by one process, on whatever devices it has, not on those it was trained on
 ALONE = (
+    "train.attention=auto",
+    "mesh.context_attention=auto",
+    "mesh.context_order=auto",
     *(f"mesh.{axis}=1" for axis in mesh.AXES if axis != "fsdp"),
     "mesh.fsdp=-1",
     "mesh.dcn=!replace {}",

@@ -13,7 +13,9 @@ import optax
 from maxtrain.config import schema
 from maxtrain.ops.attention import Context
 from maxtrain.ops.loss import cross_entropy
+from maxtrain.ops.ring_attention import balanced_order
 from maxtrain.ops.routing import Balance
+from maxtrain.parallel.sharding import constrain
 from maxtrain.training.optimizer import decay, make_optimizer, make_schedule, rebalance, split
 from maxtrain.training.state import Guard, TrainState
 
@@ -28,7 +30,10 @@ def next_token_loss(config: schema.Config, num_sources: int = 1) -> LossFn:
     losses = partial(cross_entropy, z_loss=config.train.z_loss, chunk=config.train.loss_chunk, softcap=config.model.final_softcap)
 
     def loss_fn(model: Any, batch: Batch) -> tuple[jax.Array, Sums]:
-        context = Context(batch["positions"], batch["segments"])
+        further = _further(batch, 0 if config.model.mtp is None else config.model.mtp.num_layers)
+        order = balanced_order(batch["tokens"].shape[1])
+        batch, *further = (_arranged(arrays, order) for arrays in (batch, *further))  # what comes next, natural order alone tells
+        context = Context(batch["positions"], batch["segments"], indices=order)
         output = model(batch["tokens"], context)
         weights = batch["weights"]
         total, rows = losses(output.hidden, model.head_weights, batch["targets"], weights)
@@ -38,8 +43,8 @@ def next_token_loss(config: schema.Config, num_sources: int = 1) -> LossFn:
                 sums[f"{name}_by_source"] = jax.ops.segment_sum(values, batch["source"], num_sources)
         balance = output.balance
         if config.model.mtp is not None:
-            further, (sums["mtp_loss"], sums["mtp_tokens"]), more = _further_loss(losses, model, batch, context, output.hidden)
-            total, balance = total + config.model.mtp.loss_weight / config.model.mtp.num_layers * further, balance + more
+            ahead, (sums["mtp_loss"], sums["mtp_tokens"]), more = _further_loss(losses, model, further, context, output.hidden)
+            total, balance = total + config.model.mtp.loss_weight / config.model.mtp.num_layers * ahead, balance + more
         if config.model.moe is not None:
             total += balance.loss
             sums |= {"balance": balance.aux, "router_z": balance.z}
@@ -48,21 +53,35 @@ def next_token_loss(config: schema.Config, num_sources: int = 1) -> LossFn:
     return loss_fn
 
 
-def _further_loss(
-    losses: Callable[..., tuple[jax.Array, jax.Array]], model: Any, batch: Batch, context: Context, hidden: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array], Balance]:
-    """The losses of multi-token prediction, summed over modules and tokens; cross-entropy and tokens for the metrics; balancing terms.
+def _arranged(batch: Batch, order: jax.Array | None) -> Batch:
+    """A batch with its arrays [batch, length] in the given order of tokens, None being that in which they are."""
+    if order is None:
+        return batch
+    return {name: constrain(x[:, order], ("batch", "length")) if x.ndim == 2 else x for name, x in batch.items()}
+
+
+def _further(batch: Batch, modules: int) -> list[Batch]:
+    """What each module of multi-token prediction reads (`read`) and predicts (`targets`, `weights`), in natural order.
 
     A position counts for a module as long as what the module reads and predicts lies in the position's own document.
     """
-    total, entropy, tokens, balance = jnp.zeros(()), jnp.zeros(()), jnp.zeros(()), Balance.zero()
-    targets, weights, segments = batch["targets"], batch["weights"], batch["segments"]
-    for depth in range(len(model.mtp)):
+    targets, weights, segments, found = batch["targets"], batch["weights"], batch["segments"], []
+    for _ in range(modules):
         read, targets, segments = targets, _later(targets), _later(segments)
         weights = _later(weights) * (segments == batch["segments"])
-        hidden, _, extra = model.ahead(depth, read, hidden, context)
-        loss, rows = losses(hidden, model.head_weights, targets, weights)
-        total, entropy, tokens, balance = total + loss, entropy + rows.sum(), tokens + weights.sum(), balance + extra
+        found.append({"read": read, "targets": targets, "weights": weights})
+    return found
+
+
+def _further_loss(
+    losses: Callable[..., tuple[jax.Array, jax.Array]], model: Any, further: list[Batch], context: Context, hidden: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array], Balance]:
+    """The losses of multi-token prediction, summed over modules and tokens; cross-entropy and tokens for the metrics; balancing terms."""
+    total, entropy, tokens, balance = jnp.zeros(()), jnp.zeros(()), jnp.zeros(()), Balance.zero()
+    for depth, part in enumerate(further):
+        hidden, _, extra = model.ahead(depth, part["read"], hidden, context)
+        loss, rows = losses(hidden, model.head_weights, part["targets"], part["weights"])
+        total, entropy, tokens, balance = total + loss, entropy + rows.sum(), tokens + part["weights"].sum(), balance + extra
     return total, (entropy, tokens), balance
 
 

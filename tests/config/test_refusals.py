@@ -16,6 +16,14 @@ BROKEN = [
     ("mesh: {rules: {embd: fsdp}}", "unknown key mesh.rules.embd; did you mean mesh.rules.embed?"),
     ("mesh: {rules: {embed: fsdq}}", "fsdq"),
     ("mesh: {tensor: 2, rules: {embed: fsdp}}", "no rule splits anything over tensor"),
+    ("mesh: {context_attention: ring}", "mesh: context_attention has no effect, as no sequence is split: set context above 1 or"),
+    ("mesh: {context: 1, context_order: natural}", "mesh: context_order has no effect, as no sequence is split"),
+    (
+        "mesh: {context: 2, context_attention: gather, context_order: natural}",
+        "mesh: context_order has no effect with context_attention: gather; remove one of them",
+    ),
+    ("mesh: {context: 2, context_attention: rnig}", "mesh.context_attention: rnig is refused: write auto, ring, all_to_all or gather"),
+    ("train: {attention: flash}", "train.attention: flash is refused: write auto, xla, splash or cudnn"),
     (
         "data:\n  sources:\n    web: {kind: text, pth: x}",
         "run.yml:3: unknown key data.sources.web.pth; did you mean data.sources.web.path?",

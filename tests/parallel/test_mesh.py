@@ -8,7 +8,8 @@ import pytest
 
 from maxtrain.config import schema
 from maxtrain.config.errors import Refused
-from maxtrain.parallel import mesh
+from maxtrain.parallel import context, mesh
+from maxtrain.parallel.sharding import Layout
 
 
 @pytest.mark.parametrize(
@@ -72,6 +73,29 @@ def test_auto_is_settled_for_the_platform():
     assert mesh.resolve(chosen, mesh.make_mesh(chosen.mesh)) == chosen
 
 
+BOXED = schema.Model(
+    slots={"layer": schema.Slot(feed_forward="moe")}, moe=schema.Moe(num_experts=4, experts_per_token=2, mlp=8, dispatch="capacity")
+)
+
+
+@pytest.mark.parametrize(
+    ("sections", "want"),
+    [
+        ({"mesh": schema.Mesh(fsdp=2, context=4)}, ("ring", True)),
+        ({"mesh": schema.Mesh(fsdp=2, context=4, context_order="natural")}, ("ring", False)),
+        ({"mesh": schema.Mesh(fsdp=2, context=4), "data": schema.Data(length=36)}, ("ring", False)),
+        ({"mesh": schema.Mesh(fsdp=2, context=4), "model": BOXED}, ("ring", False)),
+        ({"mesh": schema.Mesh(fsdp=2, context=4, context_attention="all_to_all")}, ("all_to_all", False)),
+        ({}, ("gather", False)),
+    ],
+)
+def test_devices_that_share_sequences_form_a_ring(sections, want):
+    cfg = config(**sections)
+    made = mesh.make_mesh(cfg.mesh)
+    found = context.settled(mesh.resolve(cfg, made), Layout(made, cfg.mesh.rules))
+    assert (found.exchange, found.balanced) == want
+
+
 HELD = {"held": schema.Source(kind="synthetic")}
 
 
@@ -86,6 +110,23 @@ HELD = {"held": schema.Source(kind="synthetic")}
             r"data\.length=36 is not a multiple of the 8 .*context\+tensor",
         ),
         ({"mesh": schema.Mesh(fsdp=8, zero1=True)}, r"mesh\.zero1 has no effect: there are no replicas"),
+        (
+            {"mesh": schema.Mesh(fsdp=1, context=8, context_attention="all_to_all")},
+            r"mesh\.context_attention=all_to_all: model\.num_heads=4 and model\.num_kv_heads=2 cannot be shared by the 8 devices of "
+            r"context: .*or take ring",
+        ),
+        (
+            {"mesh": schema.Mesh(fsdp=1, tensor=2, context=4, context_attention="all_to_all")},
+            r"cannot be shared by the 8 devices of tensor\+context",
+        ),
+        (
+            {"mesh": schema.Mesh(fsdp=1, context=8, context_order="balanced"), "data": schema.Data(length=40)},
+            r"mesh\.context_order=balanced: data\.length=40 is not a multiple of 16, two chunks for each of 8 devices: choose another",
+        ),
+        (
+            {"mesh": schema.Mesh(fsdp=1, context=8, context_order="balanced"), "model": BOXED},
+            r"mesh\.context_order=balanced: model\.moe\.dispatch=capacity drops tokens by their order: choose dropless, or take natural",
+        ),
         ({"data": schema.Data(batch_size=12)}, r"data\.batch_size=12 .* 8 devices .* multiple of 8"),
         ({"data": schema.Data(batch_size=8), "train": schema.Train(microbatches=2)}, r"4 sequences at a time, .* multiple of 16"),
         (

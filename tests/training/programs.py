@@ -92,12 +92,14 @@ def decided_batches(model, count=20):
     return found
 
 
-_compiled = {}
+_compiled = {}  # the last few: each holds thousands of memory maps, of which a process may have 65,530
 
 
 def compiled(program):
-    """The compiled step of a program, kept as long as the tests run."""
+    """The compiled step of a program, kept for the tests that follow."""
     if id(program) not in _compiled:
+        while len(_compiled) >= 6:
+            del _compiled[next(iter(_compiled))]
         _compiled[id(program)] = program, program.lower_step().compile()
     return _compiled[id(program)][1]
 

@@ -14,6 +14,7 @@ from maxtrain.parallel.sharding import is_param, kind
 from maxtrain.training import dry_run
 from maxtrain.training import state as states
 from maxtrain.training.optimizer import make_schedule
+from maxtrain.training.program import put_batch
 
 
 def steady(model):
@@ -85,7 +86,12 @@ LATENT = schema.Model(
     layer_pattern=("local",),
 )
 BOXED = BIASED.model_copy(update={"moe": BIASED.moe.model_copy(update={"dispatch": "capacity"})})
-AXES_SHORT = [("dense", {"fsdp": 2, "axes": {"tensor": 2}}), (LATENT, {"fsdp": 2, "axes": {"tensor": 2}})]
+AXES_SHORT = [
+    ("dense", {"fsdp": 2, "axes": {"tensor": 2}}),
+    (LATENT, {"fsdp": 2, "axes": {"tensor": 2}}),
+    (LATENT, {"data": 2, "axes": {"context": 2}}),  # a ring in the balanced order
+]
+RING = {"context": 4, "context_attention": "ring"}
 AXES_LONG = [
     ("dense", {"axes": {"tensor": 2}}),
     ("dense", {"axes": {"tensor": 4}}),  # two devices share a kv head
@@ -107,6 +113,25 @@ AXES_LONG = [
     (BOXED, {"axes": {"tensor": 2, "expert": 2}}),
     ("dense", {"data": 4, "fsdp": 2, "axes": {"zero1": True}}),
     (LATENT, {"data": 2, "microbatches": 2, "axes": {"tensor": 2, "zero1": True}}),
+    # sequences that several devices share, in every way; without a word of it, in a balanced ring
+    ("dense", {"axes": {"context": 8}}),
+    ("dense", {"axes": RING | {"context_order": "natural"}}),
+    ("dense", {"fsdp": 2, "axes": RING | {"context_order": "balanced"}, "microbatches": 2}),
+    ("dense", {"axes": {"context": 4, "context_attention": "all_to_all"}}),  # two devices share a kv head
+    ("dense", {"fsdp": 2, "axes": {"tensor": 2, "context": 2, "context_attention": "all_to_all"}}),
+    ("dense", {"axes": {"context": 4, "context_attention": "gather"}}),
+    (WINDOWED, {"fsdp": 2, "axes": RING}),
+    (WINDOWED, {"axes": RING | {"context_order": "natural"}}),
+    (WINDOWED, {"data": 2, "axes": {"context": 4, "context_attention": "all_to_all"}}),
+    (LATENT, {"axes": RING}),
+    (LATENT, {"fsdp": 2, "axes": RING | {"context_order": "natural"}}),
+    (LATENT, {"axes": {"context": 4, "context_attention": "all_to_all"}}),
+    (BIASED, {"axes": {"context": 2, "expert": 2}}),
+    (BIASED, {"axes": {"context": 4, "context_attention": "all_to_all"}}),
+    (BIASED, {"axes": {"tensor": 2, "context": 2, "context_attention": "all_to_all", "expert": 2}}),
+    (BOXED, {"axes": {"context": 4}}),  # capacity: natural order
+    ("dropless", {"axes": RING | {"expert": 2}}),
+    ("capacity", {"axes": {"context": 2, "expert": 2, "context_attention": "all_to_all"}}),
 ]
 
 
@@ -126,6 +151,17 @@ def test_zero1_splits_the_moments_alone():
     moments = [leaf for leaf in jax.tree.leaves(split.state.opt_state) if leaf.size > 64]
     assert dry_run.bytes_per_device(moments) == sum(leaf.size * 4 // 8 for leaf in moments)
     assert dry_run.bytes_per_device(whole.state.opt_state) > 3 * dry_run.bytes_per_device(split.state.opt_state)
+
+
+@pytest.mark.slow
+def test_evaluation_of_shared_sequences_changes_nothing():
+    found = []
+    for axes in ({}, {"context": 4}):
+        program = build(make_config(LATENT, axes=axes))
+        step, spec = program.lower_eval(BATCH, LENGTH).compile(), program.batch(BATCH, LENGTH)
+        found.append(jax.device_get(step(program.create(0).model, put_batch(batches(1)[0], spec, list(range(BATCH))))))
+    np.testing.assert_allclose(found[1]["loss"], found[0]["loss"], rtol=1e-5)
+    assert found[1]["tokens"] == found[0]["tokens"]
 
 
 def test_scan_gives_the_unrolled_losses_and_checkpoint(tmp_path):

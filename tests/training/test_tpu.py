@@ -18,7 +18,8 @@ from maxtrain.parallel import mesh
 from maxtrain.parallel.sharding import Layout, parameter_table
 from maxtrain.training.program import make_program
 
-config = load(sys.argv[1], ["data.batch_size=8", "data.length=128", "model.embed=512", *sys.argv[2:]]).config
+given = dict(word.split("=", 1) for word in ("data.batch_size=8", "data.length=128", "model.embed=512", *sys.argv[2:]))
+config = load(sys.argv[1], [f"{key}={value}" for key, value in given.items()]).config
 devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
 device_mesh = mesh.make_mesh(config.mesh, devices)
 program = make_program(mesh.resolve(config, device_mesh), Layout(device_mesh, config.mesh.rules))
@@ -29,7 +30,8 @@ print(json.dumps({
     "arguments": compiled.memory_analysis().argument_size_in_bytes,
     "parameters": sum(p.size for p in parameter_table(program.state.model).values()),
     "gathers": text.count("all-gather"), "barriers": text.count("opt-barrier"),
-    "ragged": text.count("ragged-all-to-all"),
+    "ragged": text.count("ragged-all-to-all"), "kernels": text.count("tpu_custom_call"), "rings": text.count("collective-permute-start"),
+    "attention": program.layout.attention, "exchange": program.layout.exchange, "exchanges": text.count("all-to-all"),
 }))
 """
 
@@ -58,6 +60,32 @@ def test_other_axes_compile_for_v5e(preset, overrides):
     found = compile_for_v5e(preset, *overrides)
     ragged = "mesh.expert=2" in overrides and "model.moe.dispatch=capacity" not in overrides
     assert (found["ragged"] > 0) == ragged
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides"),
+    [
+        ("llama-tiny", []),
+        ("llama-tiny", ["mesh.fsdp=1", "mesh.tensor=4"]),  # two devices share a kv head
+        ("llama-tiny", ["mesh.context=2", "mesh.context_attention=all_to_all", "data.length=512"]),
+        ("gemma2-tiny", ["remat.policy=full"]),  # windows and softcap
+        ("gpt-oss-tiny", []),  # sinks
+        ("deepseek-v3-tiny", []),  # keys wider than values
+    ],
+)
+def test_splash_compiles_for_v5e(preset, overrides):
+    """The kernel runs in the forward pass, and twice in the backward pass for the gradients of queries and of keys and values."""
+    found = compile_for_v5e(preset, "model.mlp=1024", *overrides)
+    assert (found["attention"], found["exchange"]) == ("splash", "all_to_all" if "mesh.context=2" in overrides else "gather")
+    assert found["kernels"] >= 3
+    assert found["exchanges"] > 0 or "mesh.context=2" not in overrides
+
+
+@pytest.mark.parametrize("order", ["balanced", "natural"])
+def test_ring_compiles_for_v5e(order):
+    found = compile_for_v5e("llama-tiny", "model.mlp=1024", "mesh.context=4", f"mesh.context_order={order}", "data.length=1024")
+    assert (found["attention"], found["exchange"], found["kernels"]) == ("xla", "ring", 0)
+    assert found["rings"] > 0
 
 
 @pytest.mark.parametrize(("preset", "wider"), [("llama-tiny", "model.mlp=1024"), ("mixtral-tiny", "model.moe.mlp=512")])

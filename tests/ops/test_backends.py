@@ -1,0 +1,137 @@
+"""Backends of attention: what each is refused for, and that they compute what `causal_attention` does."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maxtrain.config import schema
+from maxtrain.config.errors import Refused
+from maxtrain.ops.backends import BACKENDS, chosen, cudnn_attention
+from maxtrain.ops.causal_attention import Options, causal_attention
+from maxtrain.ops.splash_attention import splash_attention
+from maxtrain.parallel import context
+from maxtrain.parallel.sharding import Layout
+
+
+class Elsewhere:
+    """As much of a mesh as a layout needs, of devices that are not here."""
+
+    def __init__(self, platform, shape):
+        self.devices, self.shape = np.array([type("Device", (), {"platform": platform})()]), {"context": 1, "tensor": 1, **shape}
+
+
+def choice(platform, name="auto", model=None, compute="bfloat16", mesh=None, length=256, **data):
+    config = schema.Config(
+        model=schema.Model(**(model or {})),
+        mesh=schema.Mesh(**(mesh or {})),
+        train=schema.Train(attention=name),
+        precision=schema.Precision(compute=compute),
+        data=schema.Data(length=length, **data),
+    )
+    rules = {axis: axes for axis, axes in config.mesh.rules.items() if axis in ("length", "heads")}
+    place = Layout(Elsewhere(platform, {axis: size for axis, size in (mesh or {}).items() if isinstance(size, int)}), rules)
+    return chosen(config, context.settled(config, place))
+
+
+MLA = {"mla": schema.Mla()}
+
+
+def test_auto_takes_the_best_that_can():
+    assert choice("tpu") == "splash"
+    assert choice("tpu", model=MLA | {"attention_softcap": 20.0, "slots": {"layer": schema.Slot(window=7)}}) == "splash"
+    assert choice("tpu", model={"attention_sinks": True}) == "splash"
+    assert choice("tpu", length=192) == "xla"
+    assert choice("tpu", compute="float16") == "xla"
+    assert choice("tpu", mesh={"context": 4}) == "xla"
+    assert choice("tpu", mesh={"context": 4, "context_attention": "all_to_all"}) == "splash"
+    assert choice("gpu") == choice("cpu", compute="float32") == "xla"
+    assert choice("gpu", "cudnn") == "cudnn"
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (("cpu", "splash"), r"train\.attention=splash: it runs on tpu, and the devices are of the platform cpu; or take auto"),
+        (("tpu", "cudnn"), r"train\.attention=cudnn: it runs on gpu"),
+        (("gpu", "cudnn", None, "float32"), r"precision\.compute=float32, and it computes in bfloat16, float16"),
+        (("tpu", "splash", None, "bfloat16", None, 192), r"data\.length=192 is not a multiple of 128"),
+        (
+            ("tpu", "splash", None, "bfloat16", {"context": 2}),
+            r"ring attention computes its own blocks: set mesh\.context_attention to",
+        ),
+        (("gpu", "cudnn", MLA), r"keys of width \d+ and values of width \d+ \(model\.mla\)"),
+        (("gpu", "cudnn", {"head_dim": 20}), r"head width 20 is not a multiple of 8, at most 128"),
+        (("gpu", "cudnn", {"head_dim": 256}), r"head width 256 is not a multiple of 8, at most 128"),
+        (("gpu", "cudnn", {"attention_softcap": 5.0}), r"model\.attention_softcap=5\.0, and it has no cap"),
+        (("gpu", "cudnn", {"attention_sinks": True}), r"model\.attention_sinks=true, and it has none"),
+    ],
+)
+def test_what_a_backend_cannot_do_is_refused(asked, message):
+    with pytest.raises(Refused, match=message):
+        choice(*asked)
+
+
+def compare(attention, length, width, value_width, kv_heads, options, sink):
+    """Value and gradients against `causal_attention`, in float32."""
+    rng = np.random.default_rng(0)
+    shapes = ((4, width), (kv_heads, width), (kv_heads, value_width), (4, value_width))
+    q, k, v, out = (jnp.asarray(rng.normal(size=(2, length, *shape)), jnp.float32) for shape in shapes)
+    q = q * width**-0.5
+    sinks = jnp.asarray(rng.normal(size=4), jnp.float32) if sink else None
+    segments = jnp.asarray(np.sort(rng.integers(1, 4, (2, length))), jnp.int32)
+    got, back = jax.vjp(lambda q, k, v, sinks: attention(q, k, v, segments, sinks, options), q, k, v, sinks)
+    want, reference = jax.vjp(lambda q, k, v, sinks: causal_attention(q, k, v, segments, sinks, options), q, k, v, sinks)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    for a, b in zip(jax.tree.leaves(back(out)), jax.tree.leaves(reference(out)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=5e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("length", "width", "value_width", "kv_heads", "options", "sink"),
+    [
+        (256, 128, 128, 2, Options(), False),
+        (256, 96, 64, 1, Options(window=40, softcap=2.0), True),
+        (640, 16, 16, 4, Options(window=130), False),
+    ],
+)
+def test_splash_computes_the_same(length, width, value_width, kv_heads, options, sink):
+    """The kernel's operations one by one on CPU."""
+
+    def interpreted(*args):
+        return splash_attention(*args, interpret=True)
+
+    compare(interpreted, length, width, value_width, kv_heads, options, sink)
+
+
+@pytest.mark.parametrize("options", [Options(), Options(window=7)])
+def test_cudnn_is_asked_for_the_same(options):
+    """The call that cuDNN gets, computed by JAX's other implementation."""
+
+    def elsewhere(*args):
+        return cudnn_attention(*args, by="xla")
+
+    compare(elsewhere, 40, 16, 16, 2, options, False)
+
+
+def test_cudnn_is_called_when_lowered_for_cuda(monkeypatch):
+    """Neither compiled nor executed: there is no CUDA here."""
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    shapes = [((2, 256, heads, 64), jnp.bfloat16) for heads in (4, 2, 2)]
+    inputs = [jax.ShapeDtypeStruct(*shape) for shape in (*shapes, ((2, 256), jnp.int32))]
+
+    def f(q, k, v, segments):
+        return cudnn_attention(q, k, v, segments, None, Options(window=64)).astype(jnp.float32).sum()
+
+    text = jax.jit(jax.grad(f, argnums=(0, 1, 2))).trace(*inputs).lower(lowering_platforms=("cuda",)).as_text()
+    assert {"__cudnn$fmhaScaleBiasSoftmax", "__cudnn$fmhaScaleBiasSoftmaxBackward"} <= set(re.findall(r"@([\w$]*)\(", text))
+
+
+def test_every_backend_can_be_named():
+    named = schema.Train.model_fields["attention"].annotation.__args__
+    assert set(named) == {"auto", *BACKENDS}
