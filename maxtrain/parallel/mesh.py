@@ -11,6 +11,7 @@ import importlib.util
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, get_args
 
 import jax
@@ -19,6 +20,7 @@ from jax.experimental import mesh_utils
 
 from maxtrain.config import schema
 from maxtrain.config.errors import Refused
+from maxtrain.parallel.pipeline import timetable
 from maxtrain.parallel.sharding import Layout
 
 ACCELERATORS = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin")  # packages without which jax finds CPUs only
@@ -105,9 +107,10 @@ def resolve(config: schema.Config, mesh: jax.sharding.Mesh) -> schema.Config:
     layout = Layout(mesh, config.mesh.rules)
     _check_batch(config, layout.parts("batch"))
     _check_parts(config, layout)
+    _check_stages(config, layout)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     settled = {
-        "model": {"layers": "unroll" if on_cpu else "scan"} if config.model.layers == "auto" else {},
+        "model": {"layers": "unroll" if on_cpu and layout.parts("layers") == 1 else "scan"} if config.model.layers == "auto" else {},
         "precision": {"compute": "float32" if on_cpu else "bfloat16"} if config.precision.compute == "auto" else {},
     }
     return config.model_copy(update={name: getattr(config, name).model_copy(update=new) for name, new in settled.items() if new})
@@ -132,11 +135,47 @@ def _check_parts(config: schema.Config, layout: Layout) -> None:
             if length % layout.parts(axis):
                 names = "+".join(layout.split(axis))
                 raise Refused(f"{key}={length} is not a multiple of the {layout.parts(axis)} devices ({names}) that share a sequence")
-    if layout.parts("layers") > 1:
-        raise Refused(f"mesh.{layout.split('layers')[0]}: there is no pipeline over microbatches yet: set it to 1")
     model, devices = config.model, layout.parts("heads")
     if model.num_heads % devices or (model.kv_heads % devices and devices % model.kv_heads):
         raise Refused(
             f"model.num_heads={model.num_heads} and model.num_kv_heads={model.kv_heads} cannot be shared by the {devices} devices of "
             f"{'+'.join(layout.split('heads'))}: the heads must be a multiple of them, the kv heads a multiple or a divisor"
         )
+
+
+def _check_stages(config: schema.Config, layout: Layout) -> None:
+    """Refuse layers and batches that the stages of a pipeline cannot share evenly."""
+    cfg, model, stages = config.mesh, config.model, layout.parts("layers")
+    if stages == 1:
+        unread = sorted(cfg.changed & {"pipeline_microbatches", "pipeline_repeats"})
+        if unread:
+            raise Refused(f"mesh.{unread[0]}={getattr(cfg, unread[0])} has no effect without a pipeline: raise mesh.stage or remove it")
+        return
+    names = "+".join(layout.split("layers"))
+    if model.layers == "unroll":
+        raise Refused(f"model.layers=unroll: the {stages} stages of a pipeline ({names}) share stacked layers: set it to scan or auto")
+    groups = stages * cfg.pipeline_repeats
+    if model.num_periods == 0 or model.num_periods % groups:
+        pattern = len(model.layer_pattern)
+        raise Refused(
+            f"model.num_layers={model.num_layers}: behind a prefix of {len(model.prefix)} there are {model.num_periods} periods of "
+            f"{pattern} layers, which {stages} stages ({names}) times mesh.pipeline_repeats={cfg.pipeline_repeats} cannot share evenly: "
+            f"name the first layers in model.prefix until the periods are a multiple of {groups}, or choose other numbers"
+        )
+    if config.eval.prompts or config.eval.questions:
+        raise Refused(
+            f"eval.prompts, eval.questions: a model in {stages} stages ({names}) does not generate: remove them, and use "
+            "`python -m maxtrain.decode` on a checkpoint"
+        )
+    layout = replace(layout, microbatches=cfg.pipeline_microbatches, repeats=cfg.pipeline_repeats)
+    if (cfg.pipeline_microbatches or stages) % stages:
+        raise Refused(f"mesh.pipeline_microbatches={cfg.pipeline_microbatches} is not a multiple of the {stages} stages ({names})")
+    batches = {"data.batch_size": config.data.batch_size // config.train.microbatches}
+    batches |= {"eval.batch_size": config.eval.batch_size or config.data.batch_size} if config.eval.sets else {}
+    for key, rows in batches.items():
+        microbatches, shards = timetable(layout, rows).microbatches, layout.of_stage().parts("batch")
+        if rows % (microbatches * shards):
+            raise Refused(
+                f"{key}: {rows} sequences at a time cannot be cut into {microbatches} microbatches of a pipeline, each for {shards} "
+                f"devices: choose a multiple of {microbatches * shards}, or another mesh.pipeline_microbatches"
+            )

@@ -5,7 +5,7 @@ The loop, the dry run and compilation for another machine all start from here, s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -63,6 +63,7 @@ class Program:
 
 def make_program(config: schema.Config, layout: Layout, num_sources: int = 1, loss_fn: LossFn | None = None) -> Program:
     """The program of a resolved config (no `auto` left in it) on a layout."""
+    layout = replace(layout, microbatches=config.mesh.pipeline_microbatches, repeats=config.mesh.pipeline_repeats)
     state = states.describe(config, make_optimizer(config.optimizer, config.precision), layout)
     return Program(config, layout, state, loss_fn or next_token_loss(config, num_sources))
 
