@@ -93,6 +93,7 @@ def test_bad_questions_are_refused_by_line(tmp_path, line, message):
     [
         (["--prompt", "x" * 61, "--tokens", "4"], "a prompt of 62 tokens and max_tokens=4 exceed the context of 64"),
         (["--prompt", "x", "model.embed=3"], "only serve, mesh and precision can be set"),
+        (["--prompt", "x", "mesh.stage=2"], "mesh.stage=2: serving has no pipeline"),
         (["--prompt", "x", "serve.page=3"], "unknown key serve.page"),
         (["--prompt", "x", "--tokens=3", "serve.sampling.max_tokens=4"], "set twice"),
         (["--prompt", "x", "serve.max_length=65"], "serve.max_length=65 is longer than model.max_length=64"),

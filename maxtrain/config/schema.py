@@ -96,7 +96,12 @@ class Mesh(Section):
     expert: AxisSize = 1
     """Devices that split the batch and the experts of a mixture; tokens travel to their experts."""
     stage: AxisSize = 1
-    """Stages of a pipeline: devices that split the layers."""
+    """Stages of a pipeline: devices that split the layers, and outside of the layers the batch."""
+    pipeline_microbatches: PositiveInt | None = None
+    """Microbatches that go through the pipeline, a multiple of its stages; null takes 4 for each stage, or fewer if the batch is small."""
+    pipeline_repeats: PositiveInt = 1
+    """How often each microbatch goes round the pipeline: 1 is GPipe; above that a stage holds as many groups of layers and
+    waits so much less (interleaved schedule of Megatron-LM)."""
     context_attention: Literal["auto", "ring", "all_to_all", "gather"] = "auto"
     """How devices that share a sequence see all of it. `ring`: keys and values go around. `all_to_all`: tokens are exchanged for heads
     (Ulysses). `gather`: each device computes everything. `auto` is `ring`, which any number of heads allows."""
@@ -106,7 +111,7 @@ class Mesh(Section):
     dcn: dict[MeshAxis, PositiveInt] = FrozenDict()
     """Factor of a mesh axis across slices (over the data-centre network), times its size within each slice; 1 where not named."""
     rules: dict[LogicalAxis, Axes] = FrozenDict(
-        batch=("data", "fsdp", "expert"),
+        batch=("data", "fsdp", "expert", "stage"),
         length=("context",),
         residual=("context", "tensor"),
         vocab=("tensor",),

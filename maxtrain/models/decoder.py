@@ -6,6 +6,7 @@ Both have the same initial values and the same names in a checkpoint.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,19 +15,21 @@ from flax import nnx
 
 from maxtrain.config import schema
 from maxtrain.models.block import ACTIVATION, Block
-from maxtrain.models.layers import Norm
+from maxtrain.models.layers import PRODUCT, Norm
 from maxtrain.models.mtp import Predictor
 from maxtrain.ops.attention import Context, softcapped
 from maxtrain.ops.linear import rows_product
 from maxtrain.ops.pages import size_of
 from maxtrain.ops.routing import Balance
-from maxtrain.parallel.sharding import constrain, param
+from maxtrain.parallel.pipeline import run_stages
+from maxtrain.parallel.sharding import constrain, param, parts
 
+_keep = jax.checkpoint_policies
 REMAT = {
-    "none": lambda f: f,
-    "dots": lambda f: jax.checkpoint(f, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
-    "full": jax.checkpoint,
-}
+    "none": None,
+    "dots": _keep.save_from_both_policies(_keep.dots_with_no_batch_dims_saveable, _keep.save_only_these_names(PRODUCT)),
+    "full": _keep.nothing_saveable,
+}  # what a block keeps for the backward pass; None is everything
 
 
 @jax.jit
@@ -78,7 +81,15 @@ class Decoder(nnx.Module):
         x = self._embed(tokens)
         prefix, body, remainder = caches or (None, None, None)
         x, prefix, balance = self._run(self.prefix, x, context, prefix)
-        if isinstance(self.body, Block):
+        if parts("layers") > 1 and caches is None:
+
+            def period(block: Block, x: jax.Array, rows: Context) -> tuple[jax.Array, Balance]:
+                x, _, extra = self._run(block, x, rows._replace(indices=context.indices), None)
+                return x, extra
+
+            x, extra = run_stages(period, self.body, x, ACTIVATION, context._replace(indices=None), REMAT[self.remat])
+            balance += extra
+        elif isinstance(self.body, Block):
 
             def step(carry: tuple[jax.Array, Any], inputs: tuple[Block, jax.Array]) -> tuple[tuple[jax.Array, Any], Any]:
                 x, caches, extra = self._run(inputs[0], carry[0], _of_period(context, carry[1], inputs[1], self.cfg.num_periods), carry[1])
@@ -109,7 +120,7 @@ class Decoder(nnx.Module):
         def run(module: Predictor, embedded: jax.Array, hidden: jax.Array, cache: Any) -> tuple[jax.Array, Any, Balance]:
             return module(embedded, hidden, context, cache)
 
-        hidden, cache, balance = (REMAT[self.remat](run) if cache is None else run)(self.mtp[depth], self._embed(tokens), hidden, cache)
+        hidden, cache, balance = (self._sparing(run) if cache is None else run)(self.mtp[depth], self._embed(tokens), hidden, cache)
         return Output(self._scaled(hidden), cache, balance)
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
@@ -123,7 +134,10 @@ class Decoder(nnx.Module):
     def _run(self, block: Block, x: jax.Array, context: Context, caches: Any) -> tuple[jax.Array, Any, Balance]:
         if caches is not None:
             return _traced_once(block, x, context, caches)
-        return REMAT[self.remat](lambda block, x, caches: block(x, context, caches))(block, x, caches)
+        return self._sparing(lambda block, x, caches: block(x, context, caches))(block, x, caches)
+
+    def _sparing(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return function if self.remat == "none" else jax.checkpoint(function, policy=REMAT[self.remat])
 
     @property
     def head_weights(self) -> jax.Array:

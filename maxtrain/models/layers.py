@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from maxtrain.config import schema
 from maxtrain.ops.gated import GATED
@@ -13,10 +14,12 @@ from maxtrain.ops.linear import linear
 from maxtrain.ops.norm import layer_norm, one_plus_rms_norm, rms_norm
 from maxtrain.parallel.sharding import constrain, param
 
+PRODUCT = "product"  # what remat calls the products with weights
+
 
 def matmul(x: jax.Array, weight: nnx.Param, bias: nnx.Param | None = None) -> jax.Array:
     """x [..., in] times weight [in, out], plus bias [out], -> [..., out], in the format of x."""
-    y = linear(x, weight.get_value().astype(x.dtype))
+    y = checkpoint_name(linear(x, weight.get_value().astype(x.dtype)), PRODUCT)
     return y if bias is None else y + bias.get_value().astype(x.dtype)
 
 

@@ -11,6 +11,7 @@ import importlib.util
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, get_args
 
 import jax
@@ -20,6 +21,7 @@ from jax.experimental import mesh_utils
 from maxtrain.config import schema
 from maxtrain.config.errors import Refused
 from maxtrain.parallel import context
+from maxtrain.parallel.pipeline import timetable
 from maxtrain.parallel.sharding import Layout
 
 ACCELERATORS = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin")  # packages without which jax finds CPUs only
@@ -108,14 +110,15 @@ def resolve(config: schema.Config, mesh: jax.sharding.Mesh) -> schema.Config:
     Raises:
         Refused: the batch, its sequences or the heads do not divide over the devices.
     """
-    check(config, Layout(mesh, config.mesh.rules))
-    return settle(config, mesh.devices.flat[0].platform == "cpu")
+    layout = Layout(mesh, config.mesh.rules)
+    check(config, layout)
+    return settle(config, mesh.devices.flat[0].platform == "cpu", layout.parts("layers") > 1)
 
 
-def settle(config: schema.Config, on_cpu: bool) -> schema.Config:
-    """The config with every `auto` settled for CPUs, or for accelerators."""
+def settle(config: schema.Config, on_cpu: bool, staged: bool = False) -> schema.Config:
+    """The config with every `auto` settled for CPUs, or for accelerators; the stages of a pipeline share stacked layers."""
     settled = {
-        "model": {"layers": "unroll" if on_cpu else "scan"} if config.model.layers == "auto" else {},
+        "model": {"layers": "unroll" if on_cpu and not staged else "scan"} if config.model.layers == "auto" else {},
         "precision": {"compute": "float32" if on_cpu else "bfloat16"} if config.precision.compute == "auto" else {},
     }
     return config.model_copy(update={name: getattr(config, name).model_copy(update=new) for name, new in settled.items() if new})
@@ -125,6 +128,7 @@ def check(config: schema.Config, layout: Layout) -> None:
     """Raise `Refused` if batch, sequences or heads do not divide over the devices of a layout."""
     _check_batch(config, layout.parts("batch"))
     _check_parts(config, layout)
+    _check_stages(config, layout)
     if config.mesh.zero1 and (layout.mesh.shape["data"] == 1 or "data" in layout.rules.get("embed", ())):
         raise Refused("mesh.zero1 has no effect: there are no replicas (mesh.data=1, or mesh.rules.embed names data): remove it")
 
@@ -147,8 +151,6 @@ def _check_parts(config: schema.Config, layout: Layout) -> None:
             if length % layout.parts(axis):
                 names = "+".join(layout.split(axis))
                 raise Refused(f"{key}={length} is not a multiple of the {layout.parts(axis)} devices ({names}) that share a sequence")
-    if layout.parts("layers") > 1:
-        raise Refused(f"mesh.{layout.split('layers')[0]}: there is no pipeline over microbatches yet: set it to 1")
     model, devices = config.model, layout.parts("heads")
     if model.num_heads % devices or (model.kv_heads % devices and devices % model.kv_heads):
         raise Refused(
@@ -156,3 +158,41 @@ def _check_parts(config: schema.Config, layout: Layout) -> None:
             f"{'+'.join(layout.split('heads'))}: the heads must be a multiple of them, the kv heads a multiple or a divisor"
         )
     context.settled(config, layout)
+
+
+def _check_stages(config: schema.Config, layout: Layout) -> None:
+    """Refuse layers and batches that the stages of a pipeline cannot share evenly."""
+    cfg, model, stages = config.mesh, config.model, layout.parts("layers")
+    if stages == 1:
+        unread = sorted(cfg.changed & {"pipeline_microbatches", "pipeline_repeats"})
+        if unread:
+            raise Refused(f"mesh.{unread[0]}={getattr(cfg, unread[0])} has no effect without a pipeline: raise mesh.stage or remove it")
+        return
+    names = "+".join(layout.split("layers"))
+    if model.layers == "unroll":
+        raise Refused(f"model.layers=unroll: the {stages} stages of a pipeline ({names}) share stacked layers: set it to scan or auto")
+    groups = stages * cfg.pipeline_repeats
+    if model.num_periods == 0 or model.num_periods % groups:
+        pattern = len(model.layer_pattern)
+        raise Refused(
+            f"model.num_layers={model.num_layers}: behind a prefix of {len(model.prefix)} there are {model.num_periods} periods of "
+            f"{pattern} layers, which {stages} stages ({names}) times mesh.pipeline_repeats={cfg.pipeline_repeats} cannot share evenly: "
+            f"name the first layers in model.prefix until the periods are a multiple of {groups}, or choose other numbers"
+        )
+    if config.eval.prompts or config.eval.questions:
+        raise Refused(
+            f"eval.prompts, eval.questions: a model in {stages} stages ({names}) does not generate: remove them, and use "
+            "`python -m maxtrain.decode` on a checkpoint"
+        )
+    layout = replace(layout, microbatches=cfg.pipeline_microbatches, repeats=cfg.pipeline_repeats)
+    if (cfg.pipeline_microbatches or stages) % stages:
+        raise Refused(f"mesh.pipeline_microbatches={cfg.pipeline_microbatches} is not a multiple of the {stages} stages ({names})")
+    batches = {"data.batch_size": config.data.batch_size // config.train.microbatches}
+    batches |= {"eval.batch_size": config.eval.batch_size or config.data.batch_size} if config.eval.sets else {}
+    for key, rows in batches.items():
+        microbatches, shards = timetable(layout, rows).microbatches, layout.of_stage().parts("batch")
+        if rows % (microbatches * shards):
+            raise Refused(
+                f"{key}: {rows} sequences at a time cannot be cut into {microbatches} microbatches of a pipeline, each for {shards} "
+                f"devices: choose a multiple of {microbatches * shards}, or another mesh.pipeline_microbatches"
+            )

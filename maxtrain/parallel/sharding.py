@@ -14,7 +14,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
 import jax
@@ -36,6 +36,8 @@ class Layout:
     exchange: how devices that share a sequence meet in attention, a row of `ops.split_attention.EXCHANGES`.
     balanced: whether tokens along `length` stand in the balanced order of `ops.ring_attention`.
     attention: what computes attention over a whole sequence, a row of `ops.backends.BACKENDS`.
+    microbatches, repeats: of a pipeline over the devices that split `layers` (`parallel.pipeline`); None chooses by the batch.
+    stages: within one stage of a pipeline, the mesh axes its stages are laid out over.
     """
 
     mesh: jax.sharding.Mesh
@@ -43,6 +45,9 @@ class Layout:
     exchange: str = "ring"
     balanced: bool = False
     attention: str = "xla"
+    microbatches: int | None = None
+    repeats: int = 1
+    stages: tuple[str, ...] = ()
 
     def split(self, axis: str | None) -> tuple[str, ...]:
         """The mesh axes, of more than one device, that a logical axis is split over."""
@@ -64,6 +69,12 @@ class Layout:
         """The sharding of an array with these logical axes; replicated for none."""
         return NamedSharding(self.mesh, self.spec(axes))
 
+    def of_stage(self) -> Layout:
+        """The layout of what one stage of a pipeline computes: its arrays get a dim of stages, and nothing else is split over those."""
+        stages = self.split("layers")
+        rules = {axis: tuple(name for name in names if name not in stages) for axis, names in self.rules.items()}
+        return replace(self, rules=rules, stages=stages)
+
 
 _layout: ContextVar[Layout | None] = ContextVar("layout", default=None)
 
@@ -76,6 +87,11 @@ def use(layout: Layout) -> Iterator[None]:
         yield
     finally:
         _layout.reset(token)
+
+
+def in_use() -> Layout | None:
+    """The layout in use."""
+    return _layout.get()
 
 
 def platform() -> str:
@@ -270,7 +286,7 @@ def per_shard(
     """Run `function` once on every device, on its part of the arrays.
 
     What must stay on the device (sorting tokens by expert, accumulating a weight's gradient over chunks, attention of a
-    head) or exchange exactly what it says (`psum`, `index`, `permute` ...) is written so. An axis of an input that no rule
+    head) or exchange exactly what it says (`psum`, `index`, `send` ...) is written so. An axis of an input that no rule
     splits, or that is None, is whole on every device: one gather before and one reduction of its gradient after.
 
     Args:
@@ -280,13 +296,38 @@ def per_shard(
         always: also where nothing is split, for kernels that XLA cannot divide.
     """
     layout = _layout.get()
-    split = layout is not None and any(layout.split(axis) for axes in inputs for axis in axes)
+    split = layout is not None and (layout.stages or any(layout.split(axis) for axes in inputs for axis in axes))
     if layout is None or layout.mesh.size == 1 or not (split or always):
         return function
     several = bool(outputs) and isinstance(outputs[0], tuple)
     out_specs: Any = tuple(layout.spec(cast(Axes, axes)) for axes in outputs) if several else layout.spec(cast(Axes, outputs))
     in_specs = tuple(layout.spec(axes) for axes in inputs)
+    if layout.stages:
+        return _in_each_stage(function, layout, in_specs, out_specs)
     return jax.shard_map(function, mesh=layout.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def _in_each_stage(function: Callable[..., Any], layout: Layout, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """`per_shard` under the `vmap` over the stages of a pipeline: a device has one entry of that dim, and `function` never sees it."""
+
+    def whole(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+        return jax.shard_map(function, mesh=layout.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+    def staged(spec: PartitionSpec) -> PartitionSpec:
+        return PartitionSpec(layout.stages, *spec)
+
+    def over_stages(axis_size: int, mapped: list[bool], *arrays: Any) -> tuple[Any, Any]:
+        def local(*arrays: Any) -> Any:
+            own = [array[0] if has else array for array, has in zip(arrays, mapped, strict=True)]
+            return jax.tree.map(lambda x: x[None], function(*own))
+
+        specs = tuple(staged(spec) if has else spec for spec, has in zip(in_specs, mapped, strict=True))
+        out = whole(local, specs, jax.tree.map(staged, out_specs, is_leaf=lambda spec: isinstance(spec, PartitionSpec)))(*arrays)
+        return out, jax.tree.map(lambda _: True, out)
+
+    mapped = jax.custom_batching.custom_vmap(whole(function, in_specs, out_specs))
+    mapped.def_vmap(over_stages)
+    return mapped
 
 
 def _names(axis: str) -> tuple[str, ...]:
@@ -312,6 +353,11 @@ def index(axis: str) -> Any:
     return jax.lax.axis_index(names) if names else 0
 
 
+def send(x: jax.Array, axis: str, pairs: Sequence[tuple[int, int]]) -> jax.Array:
+    """Within `per_shard`: x of the devices that split a logical axis goes from the first to the second of each pair."""
+    return jax.lax.ppermute(x, _names(axis), pairs)
+
+
 def all_to_all(x: jax.Array, axis: str, *, split: int, concat: int) -> jax.Array:
     """Within `per_shard`: part i of dim `split` goes to device i of a logical axis; what arrives is put together along dim `concat`."""
     return jax.lax.all_to_all(x, _names(axis), split, concat, tiled=True)
@@ -319,8 +365,8 @@ def all_to_all(x: jax.Array, axis: str, *, split: int, concat: int) -> jax.Array
 
 def permute(x: T, axis: str) -> T:
     """Within `per_shard`: the arrays of the device before this one along a logical axis, around in a ring."""
-    names, n = _names(axis), parts(axis)
-    return jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, names, [(i, (i + 1) % n) for i in range(n)]), x)
+    n = parts(axis)
+    return jax.tree.map(lambda leaf: send(leaf, axis, [(i, (i + 1) % n) for i in range(n)]), x)
 
 
 def ragged_all_to_all(x: jax.Array, room: jax.Array, transfer: tuple[jax.Array, ...], axis: str) -> jax.Array:

@@ -32,6 +32,9 @@ class Programs:
 
     def __init__(self, config: schema.Config, layout: Layout, valid: int) -> None:
         self.config, self.serve, self.valid = config.model, config.serve, valid
+        if layout.parts("layers") > 1:
+            names = "+".join(layout.split("layers"))
+            raise Refused(f"mesh.{names}={layout.parts('layers')}: serving has no pipeline: set it to 1, and split heads by mesh.tensor")
         # tokens of a step are rows of length 1, not sequences that could be split
         self.layout = Layout(layout.mesh, {**layout.rules, "length": (), "residual": ()})
         self.max_length = self.serve.max_length or self.config.served_length

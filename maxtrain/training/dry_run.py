@@ -15,6 +15,7 @@ from rich.table import Table
 from maxtrain.config import schema
 from maxtrain.models import flops
 from maxtrain.parallel import mesh
+from maxtrain.parallel.pipeline import timetable
 from maxtrain.parallel.sharding import Layout, kind, parameter_table
 from maxtrain.training import pretrained
 from maxtrain.training.program import Program, make_program
@@ -72,6 +73,25 @@ def _operations(config: schema.Config) -> Table:
     return table
 
 
+def _pipeline(program: Program) -> Table:
+    config, layout = program.config, program.layout
+    rows = config.data.batch_size // config.train.microbatches
+    times = timetable(layout, rows)
+    table = _table(f"Pipeline over the mesh ({'+'.join(layout.split('layers'))})", "what", "number")
+    layers = config.model.num_periods * len(config.model.layer_pattern)
+    for name, count in {
+        "stages": times.stages,
+        "layers of a stage": layers // times.stages,
+        "groups of layers in a stage (mesh.pipeline_repeats)": times.repeats,
+        "microbatches (mesh.pipeline_microbatches)": times.microbatches,
+        "sequences of a microbatch": rows // times.microbatches,
+        "steps": times.steps,
+    }.items():
+        table.add_row(name, f"{count:,}")
+    table.add_row("share of the time a stage waits", f"{times.bubble:.1%}")
+    return table
+
+
 def _memory(program: Program) -> Table:
     config, layout = program.config, program.layout
     shards = layout.parts("batch") * layout.parts("residual")
@@ -104,7 +124,8 @@ def report(config: schema.Config) -> str:
     device_mesh = mesh.make_mesh(config.mesh)
     program = make_program(mesh.resolve(config, device_mesh), Layout(device_mesh, config.mesh.rules), len(config.data.sources))
     console = Console(file=io.StringIO(), width=120)
-    for table in (_parameters(program), _operations(program.config), _memory(program), _arrays(program)):
+    pipeline = [_pipeline(program)] if program.layout.parts("layers") > 1 else []
+    for table in (_parameters(program), _operations(program.config), _memory(program), *pipeline, _arrays(program)):
         console.print(table)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()

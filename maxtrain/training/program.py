@@ -5,8 +5,7 @@ The loop, the dry run and compilation for another machine all start from here, s
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -64,9 +63,10 @@ class Program:
 
 
 def make_program(config: schema.Config, layout: Layout, num_sources: int = 1, loss_fn: LossFn | None = None) -> Program:
-    """The program of a resolved config on a layout, which is told how attention is computed on it."""
+    """The program of a resolved config on a layout, which is told how attention and a pipeline are computed on it."""
+    layout = replace(layout, microbatches=config.mesh.pipeline_microbatches, repeats=config.mesh.pipeline_repeats)
     layout = context.settled(config, layout)
-    layout = dataclasses.replace(layout, attention=backends.chosen(config, layout))
+    layout = replace(layout, attention=backends.chosen(config, layout))
     state = states.describe(config, make_optimizer(config.optimizer, config.precision), layout)
     return Program(config, layout, state, loss_fn or next_token_loss(config, num_sources))
 

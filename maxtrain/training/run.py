@@ -33,6 +33,8 @@ ALONE = (
     "mesh.context_order=auto",
     *(f"mesh.{axis}=1" for axis in mesh.AXES if axis != "fsdp"),
     "mesh.fsdp=-1",
+    "mesh.pipeline_microbatches=null",
+    "mesh.pipeline_repeats=1",
     "mesh.dcn=!replace {}",
     "mesh.coordinator=null",
     "mesh.num_processes=1",

@@ -102,7 +102,6 @@ HELD = {"held": schema.Source(kind="synthetic")}
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"mesh": schema.Mesh(fsdp=4, stage=2)}, r"mesh\.stage: there is no pipeline"),
         ({"mesh": schema.Mesh(fsdp=1, tensor=8)}, r"num_heads=4 .* cannot be shared by the 8 devices of tensor"),
         ({"mesh": schema.Mesh(fsdp=1, context=8), "data": schema.Data(length=36)}, r"data\.length=36 is not a multiple of the 8 .*context"),
         (
@@ -139,6 +138,44 @@ def test_what_does_not_divide_is_refused(sections, message):
     cfg = config(**sections)
     with pytest.raises(Refused, match=message):
         mesh.resolve(cfg, mesh.make_mesh(cfg.mesh))
+
+
+STAGED = {"mesh": schema.Mesh(fsdp=4, stage=2), "model": schema.Model(num_layers=6)}
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"model": schema.Model(num_layers=4, layers="unroll")}, r"model\.layers=unroll: the 2 stages .* set it to scan or auto"),
+        ({"model": schema.Model(num_layers=3)}, r"num_layers=3: behind a prefix of 0 there are 3 periods of 1 layers, which 2 stages"),
+        ({"mesh": schema.Mesh(fsdp=4, stage=2, pipeline_repeats=2)}, r"there are 6 .*repeats=2 .* until the periods are a multiple of 4"),
+        ({"mesh": schema.Mesh(fsdp=4, stage=2, pipeline_microbatches=3)}, r"pipeline_microbatches=3 is not a multiple of the 2 stages"),
+        (
+            {"mesh": schema.Mesh(fsdp=4, stage=2, pipeline_microbatches=4)},
+            r"data\.batch_size: 8 sequences .* 4 microbatches .* multiple of 16",
+        ),
+        (
+            {"mesh": schema.Mesh(fsdp=8, pipeline_microbatches=4)},
+            r"mesh\.pipeline_microbatches=4 has no effect .* raise mesh\.stage or remove it",
+        ),
+        ({"mesh": schema.Mesh(fsdp=8, pipeline_repeats=2)}, r"mesh\.pipeline_repeats=2 has no effect"),
+        ({"data": schema.Data(batch_size=12)}, r"data\.batch_size=12 .* 8 devices .* multiple of 8"),
+        ({"eval": schema.Eval(prompts=("x",))}, r"eval\.prompts.* does not generate: .*maxtrain\.decode"),
+        (
+            {"mesh": schema.Mesh(fsdp=4, stage=2, rules={"batch": ("fsdp",), "layers": ("stage",)}), "data": schema.Data(batch_size=12)},
+            r"data\.batch_size: 12 sequences .* multiple of 8",
+        ),
+    ],
+)
+def test_what_stages_cannot_share_is_refused(sections, message):
+    cfg = config(**(STAGED | {"data": schema.Data(batch_size=8)} | sections))
+    with pytest.raises(Refused, match=message):
+        mesh.resolve(cfg, mesh.make_mesh(cfg.mesh))
+
+
+def test_stages_take_stacked_layers():
+    cfg = config(**STAGED)
+    assert mesh.resolve(cfg, mesh.make_mesh(cfg.mesh)).model.layers == "scan"
 
 
 def test_rows_may_stay_whole():

@@ -39,10 +39,17 @@ LONG = [pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 1, 4), (1, 
 
 
 @pytest.mark.parametrize(("data", "fsdp", "microbatches"), [(2, 2, 2), *LONG])
-def test_mesh_and_microbatches_do_not_change_the_bias(data, fsdp, microbatches):
-    rows, state = run(build(make_config(MODEL, data=data, fsdp=fsdp, microbatches=microbatches), 2), steady())
+def test_mesh_and_microbatches_do_not_change_the_bias(data, fsdp, microbatches, **keys):
+    rows, state = run(build(make_config(MODEL, data=data, fsdp=fsdp, microbatches=microbatches, **keys), 2), steady())
     np.testing.assert_array_equal(biases(state), one_device()[1])
     np.testing.assert_allclose(norms(rows), one_device()[0], rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", [{"stage": 2}, {"stage": 2, "expert": 2}])
+def test_stages_do_not_change_the_bias(axes):
+    """Tokens are counted where they are real: none in the steps in which a stage waits."""
+    test_mesh_and_microbatches_do_not_change_the_bias(1, 1, 2, axes=axes)
 
 
 def test_each_bias_goes_towards_balance_by_one_step():

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from programs import BATCH, EXPERTS, LENGTH, MODELS, batches, build, decided_batches, losses, make_config, norms, run
+from collectives import crossing
+from programs import BATCH, EXPERTS, LENGTH, MODELS, batches, build, compiled, decided_batches, losses, make_config, norms, run
 
 from maxtrain.checkpoint.orbax import Checkpointer
 from maxtrain.config import schema
@@ -164,6 +165,49 @@ def test_evaluation_of_shared_sequences_changes_nothing():
     assert found[1]["tokens"] == found[0]["tokens"]
 
 
+def deeper(model, num_layers, **keys):
+    return (MODELS[model] if isinstance(model, str) else model).model_copy(update={"num_layers": num_layers} | keys)
+
+
+ROUNDS = {"stage": 2, "pipeline_repeats": 2}
+PREFIXED = deeper(WINDOWED, 6, prefix=("local",))  # the body is two periods of two, with a layer before and one behind
+STAGES_SHORT = [(deeper("dense", 4), {"fsdp": 2, "axes": ROUNDS}), ("dropless", {"axes": {"stage": 2, "expert": 2}})]
+STAGES_LONG = [
+    ("dense", {"axes": {"stage": 2}}),
+    ("dense", {"axes": {"stage": 2, "pipeline_microbatches": 2}}),
+    ("dense", {"data": 2, "axes": {"stage": 2, "tensor": 2}}),
+    ("dense", {"data": 2, "axes": {"stage": 2, "context": 2}}),
+    ("dense", {"fsdp": 2, "axes": {"stage": 2}, "microbatches": 2}),
+    ("dense", {"data": 2, "axes": {"stage": 2, "rules": schema.Mesh().rules | {"batch": ("data",)}}}),
+    (deeper("dense", 4), {"axes": {"stage": 4}}),
+    (deeper("dense", 4), {"fsdp": 2, "axes": {"stage": 4, "pipeline_microbatches": 4}}),
+    (deeper("dense", 4), {"axes": ROUNDS}),
+    (deeper("dense", 8), {"fsdp": 2, "axes": {"stage": 4, "pipeline_repeats": 2}}),
+    (deeper("dense", 4), {"fsdp": 2, "axes": ROUNDS | {"tensor": 2}, "microbatches": 2}),
+    (deeper("dense", 4), {"axes": ROUNDS, "remat": schema.Remat(policy="full")}),
+    (deeper("dropless", 4), {"axes": ROUNDS, "remat": schema.Remat(policy="dots")}),
+    (PREFIXED, {"data": 2, "axes": {"stage": 2}}),
+    (PREFIXED, {"axes": {"stage": 2, "tensor": 2}}),
+    (LATENT, {"axes": {"stage": 2}}),
+    (LATENT, {"fsdp": 2, "axes": {"stage": 2, "tensor": 2}}),
+    (deeper("dropless", 4), {"data": 2, "axes": ROUNDS | {"expert": 2}}),
+    ("dropless", {"axes": {"stage": 2}, "microbatches": 2}),
+    ("capacity", {"data": 2, "axes": {"stage": 2, "expert": 2}}),
+    (BIASED, {"axes": {"stage": 2, "tensor": 2, "expert": 2}}),
+]
+
+
+@pytest.mark.parametrize(("model", "layout"), [*STAGES_SHORT, *(pytest.param(*case, marks=pytest.mark.slow) for case in STAGES_LONG)])
+def test_stages_change_nothing(model, layout):
+    """GPipe and several rounds; documents are packed, and routers' balancing terms are those of one device."""
+    model = MODELS[model] if isinstance(model, str) else model
+    given = batches(10) if model.moe is None else decided_batches(model, 10)
+    found, reference = (run(build(make_config(model, **keys), 2), given)[0] for keys in (layout, {}))
+    assert_same(found, reference)
+    for name in {"balance", "router_z", "mtp_loss"} & set(reference[0]):
+        np.testing.assert_allclose([row[name] for row in found], [row[name] for row in reference], rtol=1e-5)
+
+
 def test_scan_gives_the_unrolled_losses_and_checkpoint(tmp_path):
     slots = {"local": schema.Slot(window=9), "moe": schema.Slot(feed_forward="moe")}
     model = schema.Model(
@@ -182,6 +226,23 @@ def test_scan_gives_the_unrolled_losses_and_checkpoint(tmp_path):
             restored = states.unstack(checkpoints.restore(step, states.stack(like)), like)
             assert jax.tree.structure(restored) == jax.tree.structure(like)
             assert_identical(states.stack(restored), saved[layers])  # by names and bits
+
+
+@pytest.mark.parametrize("axes", [{"stage": 2}, pytest.param(ROUNDS, marks=pytest.mark.slow)])
+def test_stages_go_on_from_one_device_and_back_bit_for_bit(tmp_path, axes):
+    """A checkpoint knows nothing of stages: what two of them saved, one device reads, and the other way round."""
+    model = deeper("dense", 4)
+    programs = [build(make_config(model, axes=axes), 2), build(make_config(model), 2)]
+    with Checkpointer(str(tmp_path), schema.Checkpoint()) as checkpoints:
+        state = run(programs[0], batches(10)[:2])[1]
+        for step, (program, other) in enumerate((programs, programs[::-1])):
+            saved = states.stack(state)
+            checkpoints.save(step, saved, {})
+            restored = states.unstack(checkpoints.restore(step, states.stack(other.state)), other.state)
+            assert_identical(states.stack(restored), saved)
+            rows = [run(found, batches(10)[2:4], jax.tree.map(jnp.copy, given)) for found, given in ((program, state), (other, restored))]
+            assert_same(*(row for row, _ in rows))
+            state = rows[1][1]
 
 
 def assert_identical(found, wanted):
@@ -352,3 +413,19 @@ def test_scan_compiles_one_period_whatever_the_depth():
         model = MODELS["dense"].model_copy(update={"layers": "scan", "num_layers": depth})
         sizes.append(len(build(make_config(model)).lower_step().as_text().splitlines()))
     assert max(sizes) - min(sizes) < 0.01 * min(sizes)
+
+
+@pytest.mark.parametrize("axes", [{"stage": 2}, pytest.param(ROUNDS, marks=pytest.mark.slow)])
+def test_between_stages_activations_go_to_neighbours_and_weights_stay(axes):
+    """Over `stage` there are permutations, and sums over the batch of what is outside of the body; nothing is gathered."""
+    config = make_config(deeper("dense", 4, mlp=72), fsdp=2, axes={"tensor": 2} | axes)  # no activation is 72 wide
+    found = crossing(compiled(build(config)).as_text(), 8, 2)
+    kinds = {kind for kind, _ in found}
+    assert "collective-permute" in kinds
+    assert kinds <= {"collective-permute", "all-reduce"}, found
+    rounds = axes.get("pipeline_repeats", 1)
+    of_body = [(kind, shape) for kind, shapes in found for shape in shapes if shape[-1] in (36, 72) or shape[-2:-1] in ((36,), (72,))]
+    assert all(kind == "collective-permute" for kind, _ in of_body), of_body
+    assert bool(of_body) == (rounds > 1)  # a stage of several rounds is dealt its layers
+    moved = [shape for kind, shapes in found if kind == "collective-permute" for shape in shapes]
+    assert (1, 1, LENGTH // 2, 32) in moved  # one row of one microbatch, its tokens shared by the devices of `tensor`

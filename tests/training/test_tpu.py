@@ -12,6 +12,7 @@ pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parents[2]
 CODE = """
 import json, sys
+from collectives import crossing
 from jax.experimental import topologies
 from maxtrain.config import load
 from maxtrain.parallel import mesh
@@ -32,6 +33,8 @@ print(json.dumps({
     "gathers": text.count("all-gather"), "barriers": text.count("opt-barrier"),
     "ragged": text.count("ragged-all-to-all"), "kernels": text.count("tpu_custom_call"), "rings": text.count("collective-permute-start"),
     "attention": program.layout.attention, "exchange": program.layout.exchange, "exchanges": text.count("all-to-all"),
+    "ragged": text.count("ragged-all-to-all"),
+    "crossing": sorted({kind for kind, shapes in crossing(text, len(devices), config.mesh.stage)}),
 }))
 """
 
@@ -40,7 +43,8 @@ def compile_for_v5e(preset, *overrides):
     """What CODE prints, in a process of its own."""
     pytest.importorskip("libtpu")
     command = [sys.executable, "-c", CODE, f"configs/models/{preset}.yml", *overrides]
-    env = {**os.environ, "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    env = {**os.environ, "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "XLA_FLAGS": ""}
+    env["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests/training'}"
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -86,6 +90,25 @@ def test_ring_compiles_for_v5e(order):
     found = compile_for_v5e("llama-tiny", "model.mlp=1024", "mesh.context=4", f"mesh.context_order={order}", "data.length=1024")
     assert (found["attention"], found["exchange"], found["kernels"]) == ("xla", "ring", 0)
     assert found["rings"] > 0
+
+
+STAGE = ["mesh.stage=2", "model.num_layers=4"]
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides"),
+    [
+        ("llama-tiny", ["model.mlp=1024"]),
+        ("llama-tiny", ["model.mlp=1024", "mesh.tensor=2", "remat.policy=dots"]),
+        ("llama-tiny", ["model.mlp=1024", "mesh.pipeline_repeats=2", "remat.policy=full"]),
+        ("mixtral-tiny", ["model.moe.mlp=512", "mesh.expert=2"]),
+    ],
+)
+def test_stages_compile_for_v5e(preset, overrides):
+    """Activations go from stage to stage, nothing is gathered over them; a ragged exchange of tokens takes place in each."""
+    found = compile_for_v5e(preset, *STAGE, *overrides)
+    assert found["crossing"] == ["all-reduce", "collective-permute"]
+    assert (found["ragged"] > 0) == ("mesh.expert=2" in overrides)
 
 
 @pytest.mark.parametrize(("preset", "wider"), [("llama-tiny", "model.mlp=1024"), ("mixtral-tiny", "model.moe.mlp=512")])
