@@ -264,7 +264,9 @@ def is_split() -> bool:
     return layout is not None and layout.mesh.size > 1
 
 
-def per_shard(function: Callable[..., Any], inputs: Sequence[Axes], outputs: Axes | tuple[Axes, ...]) -> Callable[..., Any]:
+def per_shard(
+    function: Callable[..., Any], inputs: Sequence[Axes], outputs: Axes | tuple[Axes, ...], *, always: bool = False
+) -> Callable[..., Any]:
     """Run `function` once on every device, on its part of the arrays.
 
     What must stay on the device (sorting tokens by expert, accumulating a weight's gradient over chunks, attention of a
@@ -275,9 +277,10 @@ def per_shard(function: Callable[..., Any], inputs: Sequence[Axes], outputs: Axe
         function: takes arrays with the axes `inputs`, all of them positional.
         inputs: logical axes of each argument.
         outputs: logical axes of the result, or of each of several.
+        always: also on a mesh that splits none of the inputs, where a kernel would be left to a compiler that cannot share it out.
     """
     layout = _layout.get()
-    if layout is None or not any(layout.split(axis) for axes in inputs for axis in axes):
+    if layout is None or not ((always and layout.mesh.size > 1) or any(layout.split(axis) for axes in inputs for axis in axes)):
         return function
     several = bool(outputs) and isinstance(outputs[0], tuple)
     out_specs: Any = tuple(layout.spec(cast(Axes, axes)) for axes in outputs) if several else layout.spec(cast(Axes, outputs))

@@ -70,6 +70,7 @@ def test_other_axes_compile_for_v5e(preset, overrides):
         ("llama-tiny", []),
         ("llama-tiny", ["mesh.fsdp=1", "mesh.tensor=4"]),  # two devices share a kv head
         ("llama-tiny", ["mesh.context=2", "mesh.context_attention=all_to_all", "data.length=512"]),
+        ("llama-tiny", ["mesh.context=4", "mesh.context_attention=gather"]),  # nothing that attention reads is split
         ("gemma2-tiny", ["remat.policy=full"]),  # windows and softcap
         ("gpt-oss-tiny", []),  # sinks
         ("deepseek-v3-tiny", []),  # keys wider than values
