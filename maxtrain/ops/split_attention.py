@@ -58,7 +58,8 @@ def split_attention(
     k, v = _repeated(k, devices), _repeated(v, devices)
     axes = ("batch", way.tokens, "heads", None)
     inputs = (axes, axes, axes, ("batch", way.segments), (way.tokens,), ("heads",))
-    return per_shard(lambda *local: way.attention(*local, options), inputs, axes)(q, k, v, segments, indices, sinks)
+    local = per_shard(lambda *local: way.attention(*local, options), inputs, axes, always=attention_backend() != "xla")
+    return local(q, k, v, segments, indices, sinks)
 
 
 def _repeated(x: jax.Array, devices: int) -> jax.Array:

@@ -281,7 +281,7 @@ def is_split() -> bool:
 
 
 def per_shard(
-    function: Callable[..., Any], inputs: Sequence[Axes], outputs: Axes | tuple[Axes, ...], always: bool = False
+    function: Callable[..., Any], inputs: Sequence[Axes], outputs: Axes | tuple[Axes, ...], *, always: bool = False
 ) -> Callable[..., Any]:
     """Run `function` once on every device, on its part of the arrays.
 
@@ -293,7 +293,7 @@ def per_shard(
         function: takes arrays with the axes `inputs`, all of them positional.
         inputs: logical axes of each argument.
         outputs: logical axes of the result, or of each of several.
-        always: also where nothing is split, for kernels that XLA cannot divide.
+        always: also on a mesh that splits none of the inputs, where a kernel would be left to a compiler that cannot share it out.
     """
     layout = _layout.get()
     split = layout is not None and (layout.stages or any(layout.split(axis) for axes in inputs for axis in axes))

@@ -9,10 +9,11 @@ import pytest
 
 from maxtrain.config import schema
 from maxtrain.config.errors import Refused
-from maxtrain.ops.backends import BACKENDS, chosen, cudnn_attention
+from maxtrain.ops import split_attention
+from maxtrain.ops.backends import BACKENDS, Backend, chosen, cudnn_attention
 from maxtrain.ops.causal_attention import Options, causal_attention
 from maxtrain.ops.splash_attention import splash_attention
-from maxtrain.parallel import context
+from maxtrain.parallel import context, mesh, sharding
 from maxtrain.parallel.sharding import Layout
 
 
@@ -23,16 +24,16 @@ class Elsewhere:
         self.devices, self.shape = np.array([type("Device", (), {"platform": platform})()]), {"context": 1, "tensor": 1, **shape}
 
 
-def choice(platform, name="auto", model=None, compute="bfloat16", mesh=None, length=256, **data):
+def choice(platform, name="auto", model=None, compute="bfloat16", axes=None, length=256):
     config = schema.Config(
         model=schema.Model(**(model or {})),
-        mesh=schema.Mesh(**(mesh or {})),
+        mesh=schema.Mesh(**(axes or {})),
         train=schema.Train(attention=name),
         precision=schema.Precision(compute=compute),
-        data=schema.Data(length=length, **data),
+        data=schema.Data(length=length),
     )
     rules = {axis: axes for axis, axes in config.mesh.rules.items() if axis in ("length", "heads")}
-    place = Layout(Elsewhere(platform, {axis: size for axis, size in (mesh or {}).items() if isinstance(size, int)}), rules)
+    place = Layout(Elsewhere(platform, {axis: size for axis, size in (axes or {}).items() if isinstance(size, int)}), rules)
     return chosen(config, context.settled(config, place))
 
 
@@ -45,8 +46,8 @@ def test_auto_takes_the_best_that_can():
     assert choice("tpu", model={"attention_sinks": True}) == "splash"
     assert choice("tpu", length=192) == "xla"
     assert choice("tpu", compute="float16") == "xla"
-    assert choice("tpu", mesh={"context": 4}) == "xla"
-    assert choice("tpu", mesh={"context": 4, "context_attention": "all_to_all"}) == "splash"
+    assert choice("tpu", axes={"context": 4}) == "xla"
+    assert choice("tpu", axes={"context": 4, "context_attention": "all_to_all"}) == "splash"
     assert choice("gpu") == choice("cpu", compute="float32") == "xla"
     assert choice("gpu", "cudnn") == "cudnn"
 
@@ -115,6 +116,29 @@ def test_cudnn_is_asked_for_the_same(options):
         return cudnn_attention(*args, by="xla")
 
     compare(elsewhere, 40, 16, 16, 2, options, False)
+
+
+@pytest.mark.parametrize("axes", [{"context": 2}, {"data": 2, "tensor": 2, "context": 2}])
+@pytest.mark.parametrize("way", ["gather", "all_to_all"])
+def test_a_backend_runs_on_each_device_by_itself(axes, way, monkeypatch):
+    """A kernel cannot be partitioned, so whatever the mesh splits, it sees arrays of one device."""
+    seen = []
+
+    def alone(q, k, v, segments, sinks, options):
+        seen.append((q.shape[2], k.shape[2], bool(jax.typeof(q).sharding.mesh.manual_axes)))
+        return causal_attention(q, k, v, segments, sinks, options)
+
+    cfg = schema.Mesh(fsdp=1, **axes)
+    made = mesh.make_mesh(cfg, jax.devices()[: 2 ** len(axes)])
+    monkeypatch.setattr(split_attention, "BACKENDS", {"splash": Backend(alone)})
+
+    def on_mesh(q, k, v, segments, sinks, options):
+        with sharding.use(Layout(made, cfg.rules, way, False, "splash")):
+            return jax.jit(lambda *x: split_attention.split_attention(*x[:4], None, x[4], options))(q, k, v, segments, sinks)
+
+    compare(on_mesh, 64, 8, 6, 2, Options(window=20), True)
+    shared = axes.get("tensor", 1) * (2 if way == "all_to_all" else 1)
+    assert set(seen) == {(4 // shared, max(1, 2 // shared), True)}
 
 
 def test_cudnn_is_called_when_lowered_for_cuda(monkeypatch):
