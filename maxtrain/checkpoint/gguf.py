@@ -1,8 +1,6 @@
 """GGUF files (llama.cpp), read with the `gguf` library and presented as what they were made from: a config.json and tensors by
 Hugging Face's names, so that everything after is the way of `huggingface.py`."""
 
-from __future__ import annotations
-
 import math
 import os
 import re

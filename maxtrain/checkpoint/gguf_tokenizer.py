@@ -1,7 +1,5 @@
 """The tokenizer inside a GGUF file as Hugging Face's tokenizer.json, with the chat template beside it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Folders in Hugging Face's format: config.json, safetensors in one file or several with an index, the tokenizer's files."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -4,8 +4,6 @@ Orbax restores a flipped bit without noticing, so nothing is restored before its
 processors have instructions for it (1.2 GB/s a core against 0.55 for BLAKE2b) and `sha256sum` can check it by hand.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -4,8 +4,6 @@ Read and written a tensor at a time without mapping the file, so that memory hol
 the header is checked against the file before a byte of data is read.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

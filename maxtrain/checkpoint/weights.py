@@ -1,8 +1,6 @@
 """Weights of others, whatever the file they come from: checked against the family's table by name and shape, then moved
 tensor by tensor into their shards; and the same way out."""
 
-from __future__ import annotations
-
 import functools
 import re
 from collections.abc import Callable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """Grouped-query attention (Ainslie et al., 2023) with rotary positions."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

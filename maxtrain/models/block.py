@@ -1,7 +1,5 @@
 """A decoder layer, and the block of layers that is executed, repeated and rematerialised as one."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

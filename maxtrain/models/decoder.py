@@ -4,8 +4,6 @@ The body is stacked and scanned over, so that compile time does not depend on de
 Both have the same initial values and the same names in a checkpoint.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

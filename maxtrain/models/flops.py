@@ -4,8 +4,6 @@ A multiply and an add are two operations. Attention is counted over the keys a c
 an expert for the tokens sent to it; norms, softmax and rotary embedding are left out, as is usual for MFU.
 """
 
-from __future__ import annotations
-
 from maxtrain.config import schema
 
 

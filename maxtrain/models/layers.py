@@ -1,7 +1,5 @@
 """The parts every layer is made of: norm, gated feed-forward, and the matrix product they share."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import jax

@@ -1,7 +1,5 @@
 """Multi-head latent attention (DeepSeek-V2, section 2.1): keys and values come from one latent vector per token."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

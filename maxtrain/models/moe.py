@@ -4,8 +4,6 @@
 linear in the batch, is defined per sequence, so neither the mesh nor the number of microbatches changes what is computed.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

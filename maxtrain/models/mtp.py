@@ -1,7 +1,5 @@
 """Multi-token prediction (DeepSeek-V3, section 2.2): a module that predicts the token after the next from the one before it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

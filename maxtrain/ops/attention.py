@@ -8,8 +8,6 @@ Keys may be wider than values (multi-head latent attention). A sink is a learned
 softmax and has no value (GPT-OSS): weights then sum to less than one.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import jax

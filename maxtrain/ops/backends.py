@@ -5,8 +5,6 @@ the same. A backend that was asked for and cannot is refused with the reason; `t
 `AUTOMATIC` that can. Ring attention has blocks of its own, so there is no choice there.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any

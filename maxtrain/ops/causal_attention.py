@@ -4,8 +4,6 @@ Queries go in blocks, and a block reads only the keys that its causal mask and w
 shared with `ops.ring_attention`, whose keys and values come from other devices.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import NamedTuple
 

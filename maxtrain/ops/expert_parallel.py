@@ -4,8 +4,6 @@ All of it runs within `per_shard`. Where no rule splits the experts, nothing hap
 of each sender. On TPU a ragged all-to-all moves only what is in the boxes; XLA:CPU has none, and moves them padded.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Gated activations: act(gate) * up, with a gradient that keeps only its inputs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 

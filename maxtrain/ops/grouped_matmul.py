@@ -4,8 +4,6 @@
 to blocks of one group each and a loop over blocks multiplies with that group's weights.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 

@@ -4,8 +4,6 @@ The loss is the last thing a forward pass computes, so each chunk of positions m
 gradients together: three products with the head instead of the four of recomputation, and no logits kept.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Root-mean-square norm (Zhang and Sennrich, 2019) and layer norm (Ba et al., 2016)."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import jax

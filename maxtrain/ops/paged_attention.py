@@ -6,8 +6,6 @@ softmax, as far as the longest request of the step goes: one program serves ever
 leave its result bitwise as it is.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 

@@ -1,7 +1,5 @@
 """Attention of a serving step by jax's kernel for TPUs (ragged paged attention), which reads pages in place instead of gathering them."""
 
-from __future__ import annotations
-
 import math
 from functools import partial
 

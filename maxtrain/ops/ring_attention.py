@@ -8,8 +8,6 @@ In natural order, the device with the last tokens has all the work while that wi
 balanced order (`balanced_order`), device i of n holds chunks i and 2n - 1 - i of 2n, and all have the same.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple, TypeVar

@@ -1,7 +1,5 @@
 """Rotary position embedding (Su et al., 2021): of halves as in Llama's published weights, or of neighbours; of a head or its first part."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

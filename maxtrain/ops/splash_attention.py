@@ -1,7 +1,5 @@
 """Attention by the kernel `splash_attention` of JAX for TPU, which skips masked blocks and keeps no scores, forward and backward."""
 
-from __future__ import annotations
-
 import jax
 
 from maxtrain.ops.causal_attention import Options

@@ -5,8 +5,6 @@ values around (`ops.ring_attention`). `all_to_all` exchanges tokens for heads be
 (DeepSpeed-Ulysses, Jacobs et al., 2023). A way is a row of `EXCHANGES`; `mesh.context_attention` names one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 

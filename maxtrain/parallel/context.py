@@ -1,7 +1,5 @@
 """How devices that share sequences meet in attention: what `mesh.context_attention` and `mesh.context_order` come to on a layout."""
 
-from __future__ import annotations
-
 import dataclasses
 
 from maxtrain.config import schema

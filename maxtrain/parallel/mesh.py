@@ -3,8 +3,6 @@
 Called only after the config has been validated, so a misspelt key never costs a cluster start.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import importlib.util

@@ -10,8 +10,6 @@ section 2.2, the interleaved schedule): stages then wait `repeats` times less fo
     stage 1       -  a0 b0 a1 b1 c0 d0 c1 d1
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

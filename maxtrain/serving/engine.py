@@ -4,8 +4,6 @@ The host plans with integers (`scheduler`), the device runs one of a few program
 step is started before the one before it is read. One thread drives an engine; `api` shares it between several.
 """
 
-from __future__ import annotations
-
 import itertools
 import time
 from collections import deque

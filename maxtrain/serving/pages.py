@@ -4,8 +4,6 @@ A page that is full of known tokens is named by the hash of all tokens up to its
 that nobody holds stay findable until they are needed: the least recently used go first. Page 0 is nobody's.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence

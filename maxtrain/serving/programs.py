@@ -1,7 +1,5 @@
 """What the engine runs: the model as it is served, the size of its cache, and the programs compiled for a few shapes of a step."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Iterable, Iterator

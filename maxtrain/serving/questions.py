@@ -1,7 +1,5 @@
 """Sets of questions with known answers: multiple choice by likelihood, and exact match of what is generated."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from typing import Any

@@ -5,8 +5,6 @@ that tie with the last one kept are kept. Noise is a function of a request's see
 neither on its slot nor on what else is in the batch.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import jax

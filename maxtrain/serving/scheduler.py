@@ -5,8 +5,6 @@ arrival, then waiting ones. When no page is free, the least urgent running reque
 later. Everything here is integers; nothing knows a device.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any

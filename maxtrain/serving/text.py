@@ -1,7 +1,5 @@
 """Text from tokens as they come, and the texts that end it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Protocol
 

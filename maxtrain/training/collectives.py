@@ -4,8 +4,6 @@ The text is XLA's, for TPU with its own forms: a reduce-scatter is a fusion name
 repeated in each fusion that it runs beside, and loops do not say how often they turn. Bytes are those a device sends in a ring.
 """
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence

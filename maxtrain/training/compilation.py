@@ -1,7 +1,5 @@
 """The train step compiled ahead of time for devices that are not there, and a report of what it will need from them."""
 
-from __future__ import annotations
-
 import io
 import re
 import time

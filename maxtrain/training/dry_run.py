@@ -1,7 +1,5 @@
 """What a run would cost, from shapes alone: no step is run and no array is made."""
 
-from __future__ import annotations
-
 import io
 import math
 from collections import Counter

@@ -1,7 +1,5 @@
 """Exact scoring of held-out sets: every token once, each document from an empty context."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

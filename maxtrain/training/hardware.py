@@ -1,7 +1,5 @@
 """Peak speed and memory of the devices, from a table; a CPU is measured and the best figure remembered."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform

@@ -1,7 +1,5 @@
 """Where the numbers of a run go: one row a step, handed to each sink."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

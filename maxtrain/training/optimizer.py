@@ -1,7 +1,5 @@
 """Update rules and learning-rate schedules, each a table: a new one is one entry and one test."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """Which mesh, rematerialisation and microbatches train a config fastest: searched by arithmetic, confirmed by compiling."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence

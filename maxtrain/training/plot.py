@@ -4,8 +4,6 @@ A path holds the data's own numbers and a transform maps them to the frame: the 
 lines and text keep their size, and the few lines of SCRIPT read the values for the tooltip back from the path.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -4,8 +4,6 @@ A path is a run or checkpoint of MaxTrain, a folder in Hugging Face's format or 
 ends here.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -3,8 +3,6 @@
 The loop, the dry run and compilation for another machine all start from here, so they speak of the very same step.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A run's folder: what is written next to the checkpoints, and how a finished run is opened again."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
 import os

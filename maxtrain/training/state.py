@@ -4,8 +4,6 @@ In a checkpoint the layers of the body are stacked along a leading axis whether 
 run saved on CPU goes on on an accelerator and the other way round.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any

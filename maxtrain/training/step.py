@@ -1,7 +1,5 @@
 """The one train step. Pretraining and post-training differ only in the loss function they hand to it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """Slices of TPUs by name, as libtpu describes them where there is none: enough to compile for, nothing runs."""
 
-from __future__ import annotations
-
 import math
 import os
 import re

@@ -3,8 +3,6 @@
 A new family is a file with `FAMILIES` and its name in `MODULES`; a new size of a known family needs nothing here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 

@@ -1,8 +1,6 @@
 """Command R and R+ (`cohere`) and Command R7B (`cohere2`): one layer norm before attention and feed-forward side by side;
 the second has windows with, and full attention without, positions."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from maxtrain.config import schema

@@ -1,7 +1,5 @@
 """DeepSeek-V2 and V3, and what has their form (Kimi-K2): latent attention, and experts of which some see every token."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

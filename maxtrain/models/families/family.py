@@ -1,7 +1,5 @@
 """A family of models as data: how its config.json and its tensors correspond to `schema.Model` and our parameters."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any

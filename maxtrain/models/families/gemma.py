@@ -1,7 +1,5 @@
 """Gemma 1, 2 and 3 (text): norms of 1 + w, embeddings times the root of their width, GeGLU; from 2 on sandwich norms and windows."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """GLM-4 (9B of 2024, `glm`) and GLM-4-0414 (`glm4`, sandwich norms): half of each head is rotated, neighbours as pairs."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from maxtrain.config import schema

@@ -1,7 +1,5 @@
 """GLM-4.5 (`glm4_moe`): GLM-4's attention before the experts of DeepSeek-V3; GLM-4.7-Flash (`glm4_moe_lite`): all of DeepSeek-V3."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from maxtrain.config import schema

@@ -1,7 +1,5 @@
 """GPT-OSS: attention with sinks and biases, windowed in every second layer, and experts with biases behind a clamped SwiGLU."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Granite 3: Llama with multipliers on embeddings, residuals, attention and logits."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from maxtrain.config import schema

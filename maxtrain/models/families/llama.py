@@ -1,7 +1,5 @@
 """Llama (2, 3, 3.1, 3.2), SmolLM2 and all else of model type `llama`; Mistral, which has no biases and adds a sliding window."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from maxtrain.config import schema

@@ -1,7 +1,5 @@
 """Mixtral: Mistral with a mixture of experts in every layer."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

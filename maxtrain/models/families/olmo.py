@@ -1,7 +1,5 @@
 """OLMo 2 and 3: norms behind attention and feed-forward, queries and keys normalised over all heads; 3 has windows."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

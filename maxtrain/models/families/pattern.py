@@ -1,7 +1,5 @@
 """From a list of the layers' kinds, as config.json has it, to the shortest prefix and period that repeat to it, and back."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Phi-3 and Phi-4: Llama with fused projections; LongRoPE in those of long context, a part of each head rotated in Phi-4-mini."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from maxtrain.config import schema

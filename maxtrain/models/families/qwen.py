@@ -1,7 +1,5 @@
 """Qwen2.5 (biases in queries, keys and values) and Qwen3 (normalised heads); both may have windows from some layer on."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from maxtrain.config import schema

@@ -1,7 +1,5 @@
 """Qwen2-MoE, Qwen3-MoE and OLMoE: softmax over all experts, in all or some layers; Qwen2's has a gated one that sees every token."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

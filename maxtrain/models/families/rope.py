@@ -1,7 +1,5 @@
 """Rotary embeddings between a config.json and `schema.Rope`: today's `rope_parameters`, and `rope_theta` with `rope_scaling` before."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 

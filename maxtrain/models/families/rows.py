@@ -3,8 +3,6 @@
 A part is a function of (model, slot, beginning of our names, beginning of theirs) that gives the rows of one half of a layer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 
 from maxtrain.config import schema

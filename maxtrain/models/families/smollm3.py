@@ -1,7 +1,5 @@
 """SmolLM3: Llama in which some layers, every fourth as published, carry no positions."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from maxtrain.config import schema

@@ -4,8 +4,6 @@ A form is a pair of inverse rearrangements (transpose, split, stack): bits are m
 import gives the same bits. Both directions run on numpy arrays and on jax's tracers alike: shapes come from `jax.eval_shape`.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
