@@ -58,9 +58,14 @@ def read(text: str, mesh: jax.sharding.Mesh) -> list[Collective]:
     computations = _computations(text)
     runs = _runs(computations)
     slices = np.array([getattr(device, "slice_index", None) or 0 for device in mesh.devices.flat])
+    apart = tuple(axis for dim, axis in enumerate(mesh.axis_names) if np.any(np.diff(slices.reshape(mesh.devices.shape), axis=dim)))
     found, seen = [], set()
     for name, count in runs.items():
         for item in computations[name][1]:
+            between, several = _between_slices(item), int(slices.max()) + 1
+            if between is not None and several > 1:
+                size = _size(item, between, 1)
+                found.append(Collective(between, apart, "DCN", size, size * SENT[between](several), count, several))
             kind = item.opcode.removesuffix("-start")
             if kind not in SENT:
                 continue
@@ -77,6 +82,13 @@ def read(text: str, mesh: jax.sharding.Mesh) -> list[Collective]:
                 network = "DCN" if len(set(slices[group])) > 1 else "ICI"
                 found.append(Collective(kind, _axes(group, mesh), network, size, size * SENT[kind](len(group)), count, len(group)))
     return found
+
+
+def _between_slices(item: _Instruction) -> str | None:
+    """The kind of a collective that hosts carry between slices, told by its sending half."""
+    found = re.search(r'_xla_megascale_transfer_type="(\w+)"', item.rest) if item.opcode == "send" else None
+    kind = found[1].lower().replace("_", "-") if found else None
+    return kind if kind in SENT else None
 
 
 def total(collectives: Iterable[Collective]) -> dict[tuple[str, tuple[str, ...], str], tuple[int, float]]:
@@ -154,7 +166,7 @@ def _size(item: _Instruction, kind: str, group: int) -> float:
 
 
 def _arrays(item: _Instruction) -> list[tuple[str, str]]:
-    counters = item.opcode.endswith("-start")  # u32[] beside the arrays
+    counters = item.opcode.endswith("-start") or item.opcode == "send"  # u32[] beside the arrays
     return [found for found in ARRAY.findall(item.result) if not (counters and found == ("u32", ""))]
 
 

@@ -1,5 +1,7 @@
 """Reading collectives from compiled text: against programs whose traffic is known, and the forms that only TPUs have."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -97,3 +99,17 @@ def test_forms_of_tpus():
         Collective("reduce-scatter", ("b",), "ICI", 8192, 4096, 16, 2),
         Collective("all-gather", ("a", "b"), "ICI", 8192, 6144, 16, 4),
     ]
+
+
+SLICES = """
+ENTRY %main (p: (s32[])) -> (s32[]) {
+  %s = (bf16[2,64]{1,0}, u32[], token[]) send(%x, %t), channel_id=6, is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  %d = token[] send-done(%s), channel_id=6, is_host_transfer=true
+}
+"""  # noqa: E501
+
+
+def test_what_hosts_carry_between_slices():
+    devices = np.array([SimpleNamespace(slice_index=number // 2) for number in range(4)]).reshape(2, 2)
+    mesh = SimpleNamespace(devices=devices, axis_names=("a", "b"), size=4)
+    assert collectives.read(SLICES, mesh) == [Collective("all-reduce", ("a",), "DCN", 256, 256, 1, 2)]
