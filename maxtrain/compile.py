@@ -50,7 +50,7 @@ def _decode(config: Any, devices: Sequence[Any], name: str) -> tuple[str, bool]:
     from maxtrain.training.dry_run import bytes_per_device
 
     mesh = meshes.make_mesh(config.mesh, devices)
-    chip, resolved = compilation.chip_of(mesh), meshes.resolve(config, mesh)
+    chip, resolved = compilation.chip_of(devices[0]), meshes.resolve(config, mesh)
     if resolved.serve.memory_gib is None:
         memory = resolved.serve.model_copy(update={"memory_gib": chip.memory / 4})
         resolved = resolved.model_copy(update={"serve": memory})

@@ -1,6 +1,7 @@
 """The entry `compile`: what it refuses, and in the long tier reports for slices of TPUs; nothing is executed."""
 
 import json
+import math
 import os
 import pathlib
 import re
@@ -59,14 +60,14 @@ WIDE = ["data.batch_size=16", "data.length=1024", "model.embed=512", "model.mlp=
 @pytest.mark.parametrize("name", ["v5e:1x1", "v6e:4x4", "v5p:4x4x4", "tpu7x:2x2x1"])
 def test_slices_have_their_devices(name):
     pytest.importorskip("libtpu")
-    chips = eval(name.partition(":")[2].replace("x", "*"))
+    chips = math.prod(map(int, name.partition(":")[2].split("x")))
     assert len(devices_of(name)) == chips * (2 if name.startswith("tpu7x") else 1)
     assert len({device.slice_index for device in devices_of(name, 2)}) == 2
 
 
 @pytest.mark.slow
 def test_report_of_a_step_on_two_slices():
-    """Gradients go between the slices, weights do not; the estimate of the arguments is the compiler's to 10%."""
+    """Gradients go between the slices, weights do not."""
     text = run(TINY, "topology=v5e:2x2", "slices=2", "mesh.dcn.data=2", *WIDE)
     networks = {
         (row.split()[1], row.split()[2]) for row in text.splitlines() if re.search(r"^  (all|reduce|coll)\S+ +\S+ +(ICI|DCN) ", row)
@@ -104,9 +105,8 @@ work = estimate.Work.of(made.config)
 print(json.dumps({
     "traffic": [item._asdict() for item in done.traffic],
     "theory": [item._asdict() for item in estimate.traffic(work, made.layout, {})],
-    "arguments": done.arguments, "temporary": done.temporary, "total": done.total,
+    "arguments": done.arguments,
     "state": dry_run.bytes_per_device((made.state, made.batch(made.config.data.batch_size, made.config.data.length))),
-    "estimated": sum(estimate.memory(work, made.layout).values()),
     "weights": 2 * sum(leaf.elements(dataclasses.replace(made.layout, rules={})) for leaf in work.parameters),
 }))
 """
@@ -155,4 +155,13 @@ def test_compiled_traffic_and_memory_are_what_the_layout_calls_for(name):
         assert sent(traffic, "reduce-scatter", "tensor") > 4 * sent(traffic, "all-reduce", "tensor")
     if name == "expert":
         assert any("all-to-all" in item["kind"] and "expert" in item["axes"] for item in traffic)
-    print(name, "estimated / compiled", found["estimated"] / found["total"])
+
+
+@pytest.mark.slow
+def test_plans_for_two_slices_are_compiled():
+    """And the lines to paste compile for the same slices."""
+    words = [TINY, "topology=v5e:2x2", "slices=2", *WIDE]
+    text = run(*words, "--plan")
+    lines = text.split("To run the first:")[1].split()
+    assert "mesh.dcn.data=2" in lines
+    assert "compiled in" in run(*words, *lines)

@@ -100,9 +100,8 @@ def text(*parts: Table | str) -> str:
     return console.file.getvalue()
 
 
-def chip_of(mesh: jax.sharding.Mesh) -> hardware.Chip:
-    """The data sheet of a mesh's devices."""
-    device = mesh.devices.flat[0]
+def chip_of(device: jax.Device) -> hardware.Chip:
+    """The data sheet of a device."""
     found = hardware.chip(device)
     if found is None:
         raise Refused(f"there is no data sheet of the device {device.device_kind!r}: known are {', '.join(hardware.CHIPS)}")
@@ -151,7 +150,7 @@ def time_table(work: Work, layout: Layout, chip: hardware.Chip, found: Time) -> 
 def report(made: Program, done: Compiled, name: str) -> str:
     """All that is known of a compiled train step."""
     mesh, config = made.layout.mesh, made.config
-    chip, work = chip_of(mesh), Work.of(config)
+    chip, work = chip_of(mesh.devices.flat[0]), Work.of(config)
     axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     head = (
         f"{name}: {mesh.size} devices ({mesh.devices.flat[0].device_kind}), mesh {axes}; batch {config.data.batch_size} x "

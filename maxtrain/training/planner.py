@@ -28,21 +28,25 @@ class Plan:
 
     config: schema.Config
     sizes: dict[str, int]
-    """Of the mesh axes."""
+    """Of the mesh axes, slices included."""
+    given: schema.Mesh
+    """What the config says of them."""
     memory: float
     time: Time
 
     @property
     def lines(self) -> list[str]:
         """The words that say it on the command line."""
-        mesh = [f"mesh.{axis}={size}" for axis, size in self.sizes.items() if size != 1 or axis == "fsdp"]
+        sizes = {axis: getattr(self.config.mesh, axis) for axis in (*AXES, "stage")}
+        mesh = [f"mesh.{axis}={size}" for axis, size in sizes.items() if axis == "fsdp" or size != getattr(self.given, axis)]
+        mesh += [f"mesh.dcn.{axis}={size}" for axis, size in self.config.mesh.dcn.items()]
         return [*mesh, f"remat.policy={self.config.remat.policy}", f"train.microbatches={self.config.train.microbatches}"]
 
 
 def plans(config: schema.Config, devices: Sequence[jax.Device]) -> list[Plan]:
     """All that can be run, fastest first; what does not fit comes last, the smallest first."""
     chip, slices = (
-        compilation.chip_of(meshes.make_mesh(schema.Mesh(), devices)),
+        compilation.chip_of(devices[0]),
         len({getattr(d, "slice_index", None) or 0 for d in devices}),
     )
     work, found = Work.of(meshes.settle(config, on_cpu=False)), list[Plan]()
@@ -65,7 +69,7 @@ def plans(config: schema.Config, devices: Sequence[jax.Device]) -> list[Plan]:
             tried = Work(asked, work.parameters, work.moments)
             across = {axis: slices for axis in ("data", "fsdp") if settled.mesh.dcn.get(axis, 1) > 1}
             seconds = estimate.time(tried, layout, chip, estimate.traffic(tried, layout, across))
-            found.append(Plan(asked, sizes, sum(estimate.memory(tried, layout).values()), seconds))
+            found.append(Plan(asked, sizes, config.mesh, sum(estimate.memory(tried, layout).values()), seconds))
     room = FULL * chip.memory * GIB
     return sorted(found, key=lambda plan: (plan.memory > room, plan.memory if plan.memory > room else plan.time.step))
 
@@ -118,7 +122,7 @@ def report(config: schema.Config, devices: Sequence[jax.Device], name: str) -> t
     found = plans(config, devices)
     if not found:
         raise Refused(f"no mesh of {len(devices)} devices can share this config: choose another data.batch_size or another slice")
-    chip = compilation.chip_of(meshes.make_mesh(schema.Mesh(), devices))
+    chip = compilation.chip_of(devices[0])
     room = FULL * chip.memory * GIB
     chosen, confirmed = _distinct(found), list[tuple[Plan, Compiled, Time | None]]()
     for plan in chosen:
@@ -159,7 +163,7 @@ def _distinct(found: Sequence[Plan]) -> list[Plan]:
 
 def advice(config: schema.Config, devices: Sequence[jax.Device]) -> str:
     """What to change, nearest first, so that a config that does not fit these devices would by estimate."""
-    chip = compilation.chip_of(meshes.make_mesh(schema.Mesh(), devices))
+    chip = compilation.chip_of(devices[0])
     found = [plan for plan in plans(config, devices) if plan.memory <= FULL * chip.memory * GIB]
     if not found:
         smallest = min(plans(config, devices), key=lambda plan: plan.memory)

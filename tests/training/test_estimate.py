@@ -1,5 +1,8 @@
 """Memory, traffic and time by arithmetic: against the described state, sums by hand, and in the long tier the compiler."""
 
+import math
+from types import SimpleNamespace
+
 import jax
 import pytest
 from programs import BATCH, LENGTH, build, make_config
@@ -76,7 +79,7 @@ def test_step_waits_for_what_is_exposed():
 @pytest.fixture
 def slice_of_v5e(monkeypatch):
     """The simulated devices stand for TPUs."""
-    monkeypatch.setattr(compilation, "chip_of", lambda mesh: CHIP)
+    monkeypatch.setattr(compilation, "chip_of", lambda device: CHIP)
 
 
 @pytest.mark.parametrize("model", ["dense", "dropless"])
@@ -102,10 +105,19 @@ def test_plan_that_is_pasted_is_the_plan(slice_of_v5e):
     assert (again.remat, again.train.microbatches) == (plan.config.remat, plan.config.train.microbatches)
 
 
+def test_plan_for_two_slices_names_what_lies_across(slice_of_v5e):
+    devices = [SimpleNamespace(slice_index=number // 4) for number in range(8)]
+    given = make_config(axes={"tensor": 2})
+    for plan in planner.plans(given, devices):
+        assert "mesh.dcn.data=2" in plan.lines or "mesh.dcn.fsdp=2" in plan.lines
+        assert ("mesh.tensor=1" in plan.lines) == (plan.sizes["tensor"] == 1)  # the config says 2
+        assert math.prod(meshes.sizes(plan.config.mesh, 8)) == 8
+
+
 def test_advice_says_when_nothing_fits(monkeypatch):
-    monkeypatch.setattr(compilation, "chip_of", lambda mesh: Chip(197, 1e-6, 819, 90, 6.25))
+    monkeypatch.setattr(compilation, "chip_of", lambda device: Chip(197, 1e-6, 819, 90, 6.25))
     assert "No mesh, remat or microbatches would fit" in planner.advice(make_config(), jax.devices())
-    monkeypatch.setattr(compilation, "chip_of", lambda mesh: CHIP)
+    monkeypatch.setattr(compilation, "chip_of", lambda device: CHIP)
     assert planner.advice(make_config(), jax.devices()).count("mesh.fsdp") >= 1
 
 
