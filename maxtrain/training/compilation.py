@@ -23,8 +23,8 @@ from maxtrain.training.program import Program, make_program
 
 GIB = 1 << 30
 ASSUMED = (
-    "Bounds, not measurements: products at the chip's bf16 peak, memory at its bandwidth, every collective on one axis of the torus in "
-    "both directions. Weights and gradients (axes stage, data, fsdp) travel beside the products, what tensor, context and expert "
+    "Bounds, not measurements: products at the chip's bf16 peak, memory at its bandwidth, every collective both ways along all axes of "
+    "the torus that its devices lie on. Weights and gradients (axes stage, data, fsdp) travel beside the products, what tensor, context and expert "
     "exchange does not."
 )
 

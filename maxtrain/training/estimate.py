@@ -6,8 +6,10 @@ memory at its bandwidth, plus what the networks cannot hide behind them.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Mapping
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -184,10 +186,14 @@ def time(work: Work, layout: Layout, chip: Chip, traffic: Iterable[Collective]) 
 
 
 def network_seconds(item: Collective, chip: Chip) -> float:
-    """Of a collective in a step, on a ring that uses one axis of the torus both ways; all-to-all passes a quarter of it."""
+    """Of a collective in a step, both ways along all axes of the torus that its devices lie on; all-to-all passes a quarter of each."""
     speed = chip.dcn if item.network == "DCN" else chip.ici
-    hops = max(1.0, item.group / 4) if "all-to-all" in item.kind and item.network == "ICI" else 1.0
-    return item.sent * item.runs * hops / ((speed or math.inf) * 1e9)
+    share = 1 / item.rings
+    if "all-to-all" in item.kind and item.network == "ICI":
+        share = max(share, item.group**share / 4)
+    elif item.kind == "collective-permute":
+        share = 1.0
+    return item.sent * item.runs * share / ((speed or math.inf) * 1e9)
 
 
 def memory_traffic(work: Work, layout: Layout) -> float:
@@ -201,8 +207,8 @@ def memory_traffic(work: Work, layout: Layout) -> float:
     return 2 * (kept["parameters"] + kept["optimizer"] + kept["gradients"]) + weights + between
 
 
-def traffic(work: Work, layout: Layout, slices: Mapping[str, int]) -> list[Collective]:
-    """The collectives of a step that the layout calls for; `slices` is how many each mesh axis spans."""
+def traffic(work: Work, layout: Layout, slices: Mapping[str, int], torus: Sequence[int] = ()) -> list[Collective]:
+    """The collectives of a step that the layout calls for; `slices` is how many each mesh axis spans, `torus` the sides of a slice."""
     config, model, found = work.config, work.config.model, list[Collective]()
     width, micro = (2 if config.precision.compute == "bfloat16" else 4), config.train.microbatches
     remat = config.remat.policy == "full"
@@ -213,7 +219,7 @@ def traffic(work: Work, layout: Layout, slices: Mapping[str, int]) -> list[Colle
         for network, n in (("ICI", group // across), ("DCN", across)):  # within slices first, the rest between them
             if n > 1:
                 part = size / (group // across if network == "DCN" else 1)
-                found.append(Collective(kind, axes, network, size, part * _share(kind, n), round(count), n))
+                found.append(Collective(kind, axes, network, size, part * _share(kind, n), round(count), n, _rings(n, torus, network)))
 
     gathered = [leaf.elements(Layout(layout.mesh, {**layout.rules, "embed": ()})) for leaf in work.parameters]
     shards = layout.split("embed")
@@ -239,6 +245,12 @@ def traffic(work: Work, layout: Layout, slices: Mapping[str, int]) -> list[Colle
         routed = sum(model.slots[name].feed_forward == "moe" for name in model.trained_kinds)
         add("all-to-all", experts, width * tokens * moe.experts_per_token * model.embed, routed * (4 + 2 * remat) * micro)
     return found
+
+
+def _rings(n: int, torus: Sequence[int], network: str) -> int:
+    """How many axes of the torus n neighbours take up, the longest first."""
+    taken = itertools.accumulate(sorted(torus, reverse=True), initial=1, func=operator.mul)
+    return 1 if network == "DCN" else max(1, sum(room < n for room in itertools.islice(taken, len(torus))))
 
 
 def _share(kind: str, n: int) -> float:

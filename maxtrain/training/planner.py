@@ -49,6 +49,7 @@ def plans(config: schema.Config, devices: Sequence[jax.Device]) -> list[Plan]:
         compilation.chip_of(devices[0]),
         len({getattr(d, "slice_index", None) or 0 for d in devices}),
     )
+    torus = [len(set(along)) for along in zip(*(getattr(d, "coords", ()) for d in devices), strict=True)]
     work, found = Work.of(meshes.settle(config, on_cpu=False)), list[Plan]()
     for sizes in _meshes(work.config, len(devices), slices):
         settled = work.config.model_copy(update={"mesh": _mesh(config, sizes, slices)})
@@ -68,7 +69,7 @@ def plans(config: schema.Config, devices: Sequence[jax.Device]) -> list[Plan]:
                 continue
             tried = Work(asked, work.parameters, work.moments)
             across = {axis: slices for axis in ("data", "fsdp") if settled.mesh.dcn.get(axis, 1) > 1}
-            seconds = estimate.time(tried, layout, chip, estimate.traffic(tried, layout, across))
+            seconds = estimate.time(tried, layout, chip, estimate.traffic(tried, layout, across, torus))
             found.append(Plan(asked, sizes, config.mesh, sum(estimate.memory(tried, layout).values()), seconds))
     room = FULL * chip.memory * GIB
     return sorted(found, key=lambda plan: (plan.memory > room, plan.memory if plan.memory > room else plan.time.step))

@@ -101,6 +101,15 @@ def test_forms_of_tpus():
     ]
 
 
+def test_axes_of_the_torus():
+    """A group over both mesh axes lies along both axes of the torus."""
+    grid = np.empty((2, 2), object)
+    for place in np.ndindex(2, 2):
+        grid[place] = SimpleNamespace(coords=(*place, 0))
+    mesh = SimpleNamespace(devices=grid, axis_names=("a", "b"), size=4)
+    assert [item.rings for item in collectives.read(TPU, mesh)] == [1, 1, 1, 1, 2]
+
+
 SLICES = """
 ENTRY %main (p: (s32[])) -> (s32[]) {
   %s = (bf16[2,64]{1,0}, u32[], token[]) send(%x, %t), channel_id=6, is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}

@@ -74,6 +74,16 @@ def test_step_waits_for_what_is_exposed():
     assert Time(2.0, 1.0).step == 2.0
     around = Collective("all-to-all", ("expert",), "ICI", sent, sent, 1, 16)
     assert estimate.network_seconds(around, chip) == pytest.approx(0.04)  # a quarter of the ring on the way
+    assert estimate.network_seconds(around._replace(rings=2), chip) == pytest.approx(0.01)  # 4 x 4 devices
+    assert estimate.network_seconds(beside._replace(rings=3), chip) == pytest.approx(0.02 / 3)
+
+
+def test_neighbours_take_up_axes_of_the_torus():
+    config = make_config(fsdp=4, axes={"tensor": 2})
+    work, layout = Work.of(meshes.settle(config, on_cpu=True)), layout_of(config)
+    for torus, rings in (((), (1, 1)), ((4, 2, 1), (1, 1)), ((2, 2, 2), (2, 1))):
+        found = {item.axes: item.rings for item in estimate.traffic(work, layout, {}, torus)}
+        assert (found["fsdp",], found["tensor",]) == rings
 
 
 @pytest.fixture
