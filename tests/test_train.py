@@ -170,20 +170,31 @@ def test_dry_run_of_a_large_model_makes_nothing(tmp_path, monkeypatch, capsys):
     assert "8,030,261,248" in text  # the published size
     norms = (2 * 32 + 1) * 4096  # on every device; the rest is split over the 8
     assert f"{(8_030_261_248 - norms) * 4 // 8 + norms * 4:,}" in text
-    assert "activations (an estimate)" in text
+    assert "kept activations" in text
     assert "fsdp=8" in text
     assert not list(tmp_path.iterdir())
 
 
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """A run of one process with four devices that share the weights."""
+    folder = tmp_path_factory.mktemp("processes") / "one"
+    assert finish(start(folder, devices=4))[0] == 0
+    return folder
+
+
 @pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert finish(start(one, devices=4))[0] == 0
+@pytest.mark.parametrize(
+    "words", [[], ["mesh.stage=2"], ["mesh.dcn.stage=2"], ["mesh.dcn.context=2"], ["mesh.dcn.data=2", "mesh.tensor=2"]]
+)
+def test_two_processes_train_as_one(words, one_process, tmp_path):
+    """Whatever lies between the processes: weights, stages, sequences, replicas."""
+    one, two = one_process, tmp_path / "two"
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     mesh = [f"mesh.coordinator=127.0.0.1:{port}", "mesh.num_processes=2"]
-    processes = [start(two, *mesh, f"mesh.process_id={index}", devices=2) for index in range(2)]
+    processes = [start(two, *mesh, *words, f"mesh.process_id={index}", devices=2) for index in range(2)]
     try:
         for process in processes:
             code, errors = finish(process)

@@ -16,6 +16,6 @@ llama3.1-70b-v5p-512 v5p:8x8x8
 gemma3-27b-v6e-256 v6e:16x16
 qwen3-30b-a3b-v5p-128 v5p:4x4x8
 qwen3-32b-v6e-256 v6e:16x16
-deepseek-v3-v5p-2048 v5p:8x16x16
+deepseek-v3-v5p-1024 v5p:8x8x16
 gpt-oss-120b-tpu7x-128 tpu7x:4x4x8
 END

@@ -1,5 +1,6 @@
-"""A decoder layer, and the block of layers that is executed, repeated and rematerialised as one."""
+"""A decoder layer, and the block of layers that is executed and repeated as one."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from maxtrain.ops.routing import Balance
 from maxtrain.parallel.sharding import constrain
 
 ACTIVATION = ("batch", "residual", None)
+Sparing = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 class Layer(nnx.Module):
@@ -58,15 +60,17 @@ def _normed(x: jax.Array, norm: Norm | None) -> jax.Array:
 
 
 class Block(nnx.Module):
-    """A run of unlike layers that is executed, repeated and rematerialised as one: a period of the pattern."""
+    """A run of unlike layers that is executed and repeated as one: a period of the pattern."""
 
     def __init__(self, cfg: schema.Model, kinds: tuple[str, ...], dtype: str):
         self.layers = nnx.List([Layer(cfg, cfg.slots[kind], dtype) for kind in kinds])
 
-    def __call__(self, x: jax.Array, context: Context, caches: Any) -> tuple[jax.Array, Any, Balance]:
+    def __call__(self, x: jax.Array, context: Context, caches: Any, sparing: Sparing = lambda run: run) -> tuple[jax.Array, Any, Balance]:
+        """The layers one after the other; `sparing` makes each of them keep less for its backward pass."""
+        run = sparing(lambda layer, x, cache: layer(x, context, cache))
         balance, new = Balance.zero(), list[Any]()
         for layer, cache in zip(self.layers, caches or [None] * len(self.layers), strict=True):
-            x, cache, extra = layer(x, context, cache)
+            x, cache, extra = run(layer, x, cache)
             balance, new = balance + extra, [*new, cache]
         return x, None if caches is None else new, balance
 

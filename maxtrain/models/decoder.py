@@ -27,7 +27,7 @@ REMAT = {
     "none": None,
     "dots": _keep.save_from_both_policies(_keep.dots_with_no_batch_dims_saveable, _keep.save_only_these_names(PRODUCT)),
     "full": _keep.nothing_saveable,
-}  # what a block keeps for the backward pass; None is everything
+}  # what a layer keeps for the backward pass; None is everything
 
 
 @jax.jit
@@ -132,7 +132,7 @@ class Decoder(nnx.Module):
     def _run(self, block: Block, x: jax.Array, context: Context, caches: Any) -> tuple[jax.Array, Any, Balance]:
         if caches is not None:
             return _traced_once(block, x, context, caches)
-        return self._sparing(lambda block, x, caches: block(x, context, caches))(block, x, caches)
+        return block(x, context, None, self._sparing)
 
     def _sparing(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return function if self.remat == "none" else jax.checkpoint(function, policy=REMAT[self.remat])

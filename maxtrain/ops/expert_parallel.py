@@ -39,8 +39,8 @@ def rows_to_owners(rows: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax.Ar
     """Send rows to the owners of their experts; no row is dropped, so an owner has room for all rows of all senders.
 
     Shapes: rows [rows, width], sorted by expert; sizes int32 [experts], summing to rows.
-    Returns: rows [n * rows, width] sorted by this device's experts, empty ones being zero and last; their sizes [experts / n],
-    the empty rows counted with the last expert; and the function that brings results [n * rows, width] back, in the order of `rows`.
+    Returns: rows [n * rows, width] sorted by this device's experts, the empty ones last; their sizes [experts / n], in which the empty
+    rows are not counted; and the function that brings results [n * rows, width] back, in the order of `rows`.
     """
     n, num_rows = parts("expert"), rows.shape[0]
     if n == 1:
@@ -54,9 +54,7 @@ def rows_to_owners(rows: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax.Ar
     boxes = there(rows, transfer)
     expert = jax.vmap(lambda ends: jnp.searchsorted(ends, jnp.arange(num_rows), side="right"))(jnp.cumsum(by_sender, axis=1))
     order = jnp.argsort(expert.reshape(-1), stable=True)
-    received = by_sender.sum(axis=0)
-    received = received.at[-1].add(n * num_rows - received.sum())
-    return boxes[order], received, lambda out: back(out[jnp.argsort(order)], num_rows, transfer)
+    return boxes[order], by_sender.sum(axis=0), lambda out: back(out[jnp.argsort(order)], num_rows, transfer)
 
 
 def _padded_there(rows: jax.Array, transfer: Transfer) -> jax.Array:

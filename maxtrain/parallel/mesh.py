@@ -89,6 +89,9 @@ def make_mesh(cfg: schema.Mesh, devices: Sequence[jax.Device] | None = None) -> 
     if math.prod(across) == 1:
         try:
             return jax.make_mesh(total, AXES, axis_types=auto, devices=devices)
+        except NotImplementedError:  # no whole axes of the torus multiply to this shape: one is divided
+            grid = mesh_utils.create_device_mesh(total, devices, allow_split_physical_axes=True)
+            return jax.sharding.Mesh(grid, AXES, axis_types=auto)
         except ValueError:  # a topology that has no contiguous layout for this shape
             return jax.sharding.Mesh(np.array(devices).reshape(total), AXES, axis_types=auto)
     # simulated devices know no slices: equal runs of them stand for slices, the outer part of each axis

@@ -7,7 +7,7 @@ repeated in each fusion that it runs beside, and loops do not say how often they
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -82,12 +82,12 @@ def read(text: str, mesh: jax.sharding.Mesh) -> list[Collective]:
                 size = _size(item, kind, len(group))
                 kind = "reduce-scatter" if scattered and kind == "all-reduce" else kind
                 network = "DCN" if len(set(slices[group])) > 1 else "ICI"
-                sent, rings = size * SENT[kind](len(group)), _rings(mesh.devices.flat, group)
+                sent, rings = size * SENT[kind](len(group)), _rings(mesh.devices.reshape(-1), group)
                 found.append(Collective(kind, _axes(group, mesh), network, size, sent, count, len(group), rings))
     return found
 
 
-def _rings(devices: Sequence[Any], group: Sequence[int]) -> int:
+def _rings(devices: np.ndarray, group: Sequence[int]) -> int:
     """Along how many axes of the torus the devices of a group lie."""
     places = [getattr(devices[place], "coords", None) or (0,) for place in group]
     return max(1, sum(len(set(along)) > 1 for along in zip(*places, strict=True)))

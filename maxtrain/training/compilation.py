@@ -24,8 +24,8 @@ from maxtrain.training.program import Program, make_program
 GIB = 1 << 30
 ASSUMED = (
     "Bounds, not measurements: products at the chip's bf16 peak, memory at its bandwidth, every collective both ways along all axes of "
-    "the torus that its devices lie on. Weights and gradients (axes stage, data, fsdp) travel beside the products, what tensor, context and expert "
-    "exchange does not."
+    "the torus that its devices lie on. Weights and gradients (axes stage, data, fsdp) travel beside the products, what tensor, context "
+    "and expert exchange does not."
 )
 
 
@@ -37,6 +37,7 @@ class Compiled:
     arguments: int = 0
     """Bytes on a device: state and batch, or weights and cache."""
     temporary: int = 0
+    """What is alive beside them at the moment that takes most."""
     code: int = 0
     available: int | None = None
     """Of the device's memory, where the compiler names it."""
@@ -65,10 +66,11 @@ def compiled(lowered: Any, mesh: jax.sharding.Mesh) -> Compiled:
             raise
         return Compiled(time.perf_counter() - start, missing=_missing(str(error)))
     sizes = done.memory_analysis()
+    arguments = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     return Compiled(
         time.perf_counter() - start,
-        arguments=sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
-        temporary=sizes.temp_size_in_bytes,
+        arguments,
+        temporary=max(0, sizes.peak_memory_in_bytes - arguments),
         code=sizes.generated_code_size_in_bytes,
         traffic=collectives.read(done.as_text(), mesh),
     )
@@ -84,10 +86,10 @@ def _missing(message: str) -> str:
 
 
 def table(title: str, *columns: str) -> Table:
-    """A table with its first column to the left and the others to the right."""
+    """A table with its first column and words to the left, figures to the right."""
     made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for index, column in enumerate(columns):
-        made.add_column(column, justify="right" if index else "left")
+        made.add_column(column, justify="left" if index == 0 or column in ("axes", "partition") else "right")
     return made
 
 

@@ -45,12 +45,11 @@ class Leaf(NamedTuple):
 
 
 def leaves(tree: Any) -> list[Leaf]:
-    """The parameters, or moments in their likeness, of a described pytree."""
+    """The parameters, or moments in their likeness and counters beside them, of a described pytree."""
     found = []
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_param)[0]:
-        if is_param(leaf):
-            value = leaf.get_value()
-            found.append(Leaf(path_name(path), param_axes(leaf), value.shape, value.dtype.itemsize))
+        value, axes = (leaf.get_value(), param_axes(leaf)) if is_param(leaf) else (leaf, (None,) * leaf.ndim)
+        found.append(Leaf(path_name(path), axes, value.shape, value.dtype.itemsize))
     return found
 
 
@@ -96,42 +95,66 @@ class Work:
 
 
 def memory(work: Work, layout: Layout) -> dict[str, float]:
-    """Bytes on one device, by kind."""
+    """Bytes on one device, by kind, at the moment that takes most: the loss, a layer's backward pass, or the embedding's gradient."""
     config, model = work.config, work.config.model
     width = 2 if config.precision.compute == "bfloat16" else 4
     parameters = sum(leaf.elements(layout) for leaf in work.parameters)
     tokens, resting = work.local_tokens(layout, "length"), work.local_tokens(layout, "residual")
     vocab = model.vocab_size / layout.parts("vocab")
     chunk = tokens * min(1.0, config.train.loss_chunk / config.data.length)
-    return {
+    always = {
         "parameters": float(sum(leaf.elements(layout) * leaf.width for leaf in work.parameters)),
         "optimizer": float(sum(leaf.elements(optimizer_layout(config.mesh, layout)) * leaf.width for leaf in work.moments)),
         "batch": 5.0 * 4 * config.data.batch_size * config.data.length / layout.parts("batch") / layout.parts("length"),
         "gradients": 4.0 * parameters * (2 if config.train.microbatches > 1 else 1),
-        "weights in use": width * (parameters + 2 * work.layer(layout, gathered=True)) + (width + 4) * vocab * model.embed,
-        "kept activations": width * sum(_kept(config, layout, name, tokens, resting) for name in model.trained_kinds),
-        "a layer at work": max(_working(config, layout, name, tokens, width) for name in model.trained_kinds),
-        "logits": 8.0 * chunk * vocab,
+        "weights to multiply": float(width * parameters),
     }
+    kept = {"kept activations": width * sum(_kept(config, layout, name, tokens, resting) for name in model.trained_kinds)}
+    heads = 1 if model.mtp is None else 1 + model.mtp.num_layers  # losses, each with its part of the head's gradient
+    head = {
+        "head and its gradient": (width + 4.0 * heads) * vocab * model.embed,
+        "logits": 4 * chunk * vocab + 3 * width * tokens * model.embed,
+    }
+    layer = {
+        **({"head's gradient": 4.0 * heads * vocab * model.embed} if heads > 1 else {}),
+        "a layer's weights": 2.0 * width * work.layer(layout, gathered=True),
+        "a layer at work": max(_working(config, layout, name, tokens, width) for name in model.trained_kinds),
+    }
+    table = {"embedding's gradient": 2.0 * width * vocab * model.embed}
+    return always | max(kept | head, kept | layer, table, key=lambda kinds: sum(kinds.values()))
 
 
 def _widths(config: schema.Config, layout: Layout, name: str) -> tuple[float, float]:
-    """Elements a token takes on one device between the products of attention, and of the feed-forward."""
-    model, slot = config.model, config.model.slots[name]
+    """Elements a token takes on one device between the products of attention, and of the feed-forward that all tokens share."""
+    model = config.model
     heads = (model.num_heads * (model.head_width + model.value_width) + 2 * model.kv_heads * model.head_width) / layout.parts("heads")
-    if slot.feed_forward == "dense" or model.moe is None:
-        return heads, 2 * model.mlp / layout.parts("mlp")
-    moe = model.moe
-    return heads, 2 * (moe.mlp * moe.experts_per_token + (moe.shared_mlp or 0)) / layout.parts("mlp")
+    shared = model.mlp if _routed(model, name) is None else model.moe and model.moe.shared_mlp
+    return heads, 2 * (shared or 0) / layout.parts("mlp")
+
+
+def _routed(model: schema.Model, name: str) -> schema.Moe | None:
+    return model.moe if model.slots[name].feed_forward == "moe" else None
+
+
+def _rows(moe: schema.Moe, layout: Layout, tokens: int) -> float:
+    """Rows for which a device's experts have room: without dropping, all of all devices may come to one."""
+    return tokens * moe.experts_per_token * (layout.parts("expert") if moe.dispatch == "dropless" else moe.capacity_factor)
 
 
 def _kept(config: schema.Config, layout: Layout, name: str, tokens: int, resting: int) -> float:
     """Elements that a layer keeps for its backward pass."""
-    embed, (attention, hidden) = config.model.embed, _widths(config, layout, name)
+    model, (attention, hidden) = config.model, _widths(config, layout, name)
     if config.remat.policy == "full":
-        return resting * embed
-    products = tokens * (attention + hidden) + resting * 2 * embed
-    return products + resting * embed if config.remat.policy == "dots" else products * 2 + tokens * 2 * embed
+        return resting * model.embed
+    if config.remat.policy == "dots":
+        outputs = model.num_heads * model.value_width / layout.parts("heads")  # of attention itself, computed again
+        return tokens * (attention - outputs + hidden) + resting * 2 * model.embed
+    kept, moe = tokens * (attention + 1.5 * hidden + 3 * model.embed) + resting * 2 * model.embed, _routed(model, name)
+    if moe is not None:
+        kept += (
+            _rows(moe, layout, tokens) * (model.embed + 3 * moe.mlp / layout.parts("mlp")) + tokens * moe.experts_per_token * model.embed
+        )
+    return kept
 
 
 def _working(config: schema.Config, layout: Layout, name: str, tokens: int, width: int) -> float:
@@ -141,9 +164,10 @@ def _working(config: schema.Config, layout: Layout, name: str, tokens: int, widt
     kernel = config.train.attention == "splash" or (config.train.attention == "auto" and width == 2 and length % BLOCK == 0)
     block = 0 if kernel else max(MIN_BLOCK, -(-length // MAX_BLOCKS))
     scores = tokens / length * layout.parts("length") * model.num_heads / layout.parts("heads") * block * length * (4 + 4 + width)
-    moe = model.moe if model.slots[name].feed_forward == "moe" else None
-    routed = 0.0 if moe is None else 4 * width * tokens * moe.experts_per_token * model.embed
-    return width * tokens * (4 * model.embed + 2 * attention + 2 * hidden) + scores + routed
+    working, moe = tokens * (4 * model.embed + 4 * attention + 2 * hidden), _routed(model, name)
+    if moe is not None:
+        working += _rows(moe, layout, tokens) * (5 * model.embed + 3 * moe.mlp / layout.parts("mlp"))
+    return width * working + scores
 
 
 # -------------------------------------------------------------------------------------------------------- time
@@ -203,7 +227,8 @@ def memory_traffic(work: Work, layout: Layout) -> float:
     passes = (3 if config.remat.policy == "none" else 4) * config.train.microbatches
     kept = memory(work, layout)
     weights = width * work.layer(layout, gathered=True) * config.model.num_layers * passes
-    between = kept["a layer at work"] * len(config.model.trained_kinds) * 2 * config.train.microbatches
+    tokens = work.local_tokens(layout, "length")
+    between = 2 * config.train.microbatches * sum(_working(config, layout, name, tokens, width) for name in config.model.trained_kinds)
     return 2 * (kept["parameters"] + kept["optimizer"] + kept["gradients"]) + weights + between
 
 
