@@ -95,7 +95,7 @@ class Data(Section):
 
     @field_validator("sources", mode="after")
     @classmethod
-    def _freeze_sources(cls, value: dict[str, Source]) -> dict[str, Source]:
+    def _check_sources(cls, value: dict[str, Source]) -> dict[str, Source]:
         if not value:
             raise ValueError("sources is empty: name at least one source")
-        return FrozenDict(value)
+        return value

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import BeforeValidator, field_validator, model_validator
+from pydantic import model_validator
 
 from maxtrain.config.mla import Mla
 from maxtrain.config.moe import Moe
@@ -30,10 +30,6 @@ class Slot(Section):
         if self.rope is not None and not self.rotary:
             raise ValueError("rope has no effect with rotary: false; remove one of them")
         return self
-
-
-def _slots(value: Any) -> Any:
-    return FrozenDict(value) if isinstance(value, dict) else value
 
 
 class Model(Section):
@@ -100,7 +96,7 @@ class Model(Section):
     """Mixture of experts for the layers whose slot says `feed_forward: moe`."""
     mtp: Mtp | None = None
     """Multi-token prediction: layers behind the last that predict further tokens (DeepSeek-V3, GLM-4.5); null for none."""
-    slots: Annotated[dict[str, Slot], BeforeValidator(_slots)] = FrozenDict(layer=Slot())
+    slots: dict[str, Slot] = FrozenDict(layer=Slot())
     """The kinds of layers by name."""
     prefix: Strings = ()
     """Kinds of the first layers, before the repeated body (DeepSeek's dense layers)."""
@@ -113,11 +109,6 @@ class Model(Section):
     init_from: str | None = None
     """Start from the weights of a run or checkpoint of MaxTrain, a folder of Hugging Face's or a GGUF file. Its config takes the place
     of this section if nothing else is set here, its tokenizer that of `data.tokenizer` if that is not set; otherwise they must agree."""
-
-    @field_validator("slots", mode="after")
-    @classmethod
-    def _freeze_slots(cls, value: dict[str, Slot]) -> dict[str, Slot]:
-        return FrozenDict(value)
 
     @model_validator(mode="after")
     def _check(self) -> Model:

@@ -157,11 +157,6 @@ class Mesh(Section):
             raise ValueError(f"coordinator must be host:port, not {self.coordinator!r}")
         return self
 
-    @field_validator("rules", "dcn", mode="after")
-    @classmethod
-    def _freeze_mappings(cls, value: dict) -> dict:
-        return FrozenDict(value)
-
 
 class Train(Section):
     """The training loop."""
@@ -274,11 +269,11 @@ class Eval(Section):
 
     @field_validator("sets", mode="after")
     @classmethod
-    def _freeze_sets(cls, value: dict[str, Source]) -> dict[str, Source]:
+    def _check_sets(cls, value: dict[str, Source]) -> dict[str, Source]:
         weighted = [name for name, source in value.items() if "weight" in source.changed]
         if weighted:
             raise ValueError(f"weight has no effect in an evaluation set: remove it from {', '.join(weighted)}")
-        return FrozenDict(value)
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> Eval:
@@ -288,11 +283,6 @@ class Eval(Section):
         if both:
             raise ValueError(f"sets and questions are both called {both[0]}: choose another name for one of them")
         return self
-
-    @field_validator("questions", mode="after")
-    @classmethod
-    def _freeze_questions(cls, value: dict[str, str]) -> dict[str, str]:
-        return FrozenDict(value)
 
 
 class Checkpoint(Section):

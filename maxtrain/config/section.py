@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 
 def freeze(value: Any) -> Any:
@@ -39,6 +39,11 @@ class Section(BaseModel):
     """Common behaviour of all sections: strict types, unknown keys refused, immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _freeze(cls, value: Any) -> Any:
+        return FrozenDict(value) if isinstance(value, dict) else value
 
     @property
     def changed(self) -> set[str]:

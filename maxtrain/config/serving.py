@@ -70,11 +70,6 @@ class SamplingParams(Section):
     def _read_bias(cls, value: Any) -> Any:  # a key of JSON is text
         return {int(k) if isinstance(k, str) and k.isdecimal() else k: v for k, v in value.items()} if isinstance(value, dict) else value
 
-    @field_validator("logit_bias", mode="after")
-    @classmethod
-    def _freeze_bias(cls, value: dict[int, float]) -> dict[int, float]:
-        return FrozenDict(value)
-
     @model_validator(mode="after")
     def _check(self) -> SamplingParams:
         problems = []

@@ -5,7 +5,7 @@ shared with `ops.ring_attention`, whose keys and values come from other devices.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from maxtrain.ops.linear import settle
 from maxtrain.ops.paged_attention import MASKED
 
+T = TypeVar("T")
 MIN_BLOCK, MAX_BLOCKS = 64, 16  # blocks of queries: small enough to skip masked keys, few enough to compile fast
 
 
@@ -96,6 +97,14 @@ def seen(distance: jax.Array, segments: jax.Array, key_segments: jax.Array, wind
     return near & (segments[:, :, None] == key_segments[:, None])
 
 
+def tied(tokens: T, to: jax.Array) -> T:
+    """The same arrays, for tracing no earlier known than `to`.
+
+    Masks follow from where tokens stand. Left so, jax computes them once for all layers and keeps them: bytes by the square of the length.
+    """
+    return jax.lax.optimization_barrier((tokens, to.reshape(-1)[:1]))[0]
+
+
 def _masked(scores: jax.Array, visible: jax.Array) -> jax.Array:
     """Scores [batch * kv_heads, length * group, keys] with the keys that visible [batch, length, keys] rules out at -1e30."""
     batch, length, keys = visible.shape
@@ -169,18 +178,18 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Arr
     return _forward(q, k, v, segments, sinks, options)[0]
 
 
-def _seen(segments: jax.Array, rows: slice, columns: slice, window: int | None) -> jax.Array:
-    distance = jnp.arange(rows.start, rows.stop)[:, None] - jnp.arange(columns.start, columns.stop)
+def _seen(segments: jax.Array, indices: jax.Array, rows: slice, columns: slice, window: int | None) -> jax.Array:
+    distance = indices[rows, None] - indices[columns]
     return seen(distance, segments[:, rows], segments[:, columns], window)
 
 
 def _forward(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, sinks: jax.Array | None, options: Options):
     shape, kv_heads = q.shape, k.shape[2]
-    group = shape[2] // kv_heads
+    (segments, indices), group = tied((segments, jnp.arange(shape[1])), q), shape[2] // kv_heads
     q, k, v = settle(tuple(fold(x, kv_heads) for x in (q, k, v)))
     outputs, log_sums = [], []
     for rows, columns in blocks(shape[1], options.window):
-        visible = _seen(segments, rows, columns, options.window)
+        visible = _seen(segments, indices, rows, columns, options.window)
         sink = None if sinks is None else sink_rows(sinks, kv_heads, shape[0], rows.stop - rows.start)
         block = block_forward(of_group(q, rows, group), k[:, columns], v[:, columns], visible, options.softcap, sink)
         outputs.append((block.product / block.total).astype(q.dtype))
@@ -194,10 +203,10 @@ def _backward(options: Options, saved: tuple, d_out: jax.Array):
     shape, kv_heads = d_out.shape, k.shape[0] // d_out.shape[0]
     group = shape[2] // kv_heads
     d_out = settle(fold(d_out, kv_heads))
-    delta = delta_rows(d_out, out)
+    delta, indices = delta_rows(d_out, out), jnp.arange(shape[1])
     blocks_q, d_k, d_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for (rows, columns), log_sum in zip(blocks(shape[1], options.window), log_sums, strict=True):
-        visible = _seen(segments, rows, columns, options.window)
+        visible = _seen(segments, indices, rows, columns, options.window)
         q_rows, d_rows, rows_delta = settle(tuple(of_group(x, rows, group) for x in (q, d_out, delta)))
         own = Rows(q_rows, d_rows, rows_delta, log_sum)
         part_q, part_k, part_v = block_backward(own, k[:, columns], v[:, columns], visible, options.softcap)

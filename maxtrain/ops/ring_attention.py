@@ -31,6 +31,7 @@ from maxtrain.ops.causal_attention import (
     seen,
     sink_gradient,
     sink_rows,
+    tied,
     unfold,
 )
 from maxtrain.ops.linear import settle
@@ -87,7 +88,7 @@ def _ring(q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens, sinks: jax.A
 
 
 def _forward(q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens, sinks: jax.Array | None, options: Options, chunks: int):
-    shape, kv_heads = q.shape, k.shape[2]
+    shape, kv_heads, tokens = q.shape, k.shape[2], tied(tokens, q)
     q, k, v = settle(tuple(fold(x, kv_heads) for x in (q, k, v)))
     group, found = shape[2] // kv_heads, []
     for rows, columns, visible in _own_blocks(tokens, options.window):

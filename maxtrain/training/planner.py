@@ -53,7 +53,7 @@ def plans(config: schema.Config, devices: Sequence[jax.Device]) -> list[Plan]:
     work, found = Work.of(meshes.settle(config, on_cpu=False)), list[Plan]()
     for sizes in _meshes(work.config, len(devices), slices):
         settled = work.config.model_copy(update={"mesh": _mesh(config, sizes, slices)})
-        layout = Layout(_abstract(sizes), settled.mesh.rules)
+        layout = Layout(abstract(sizes), settled.mesh.rules)
         if not _divides(work, layout):
             continue
         for policy, parts in itertools.product(POLICIES, _microbatches(settled, layout)):
@@ -85,7 +85,7 @@ def _mesh(config: schema.Config, sizes: dict[str, int], slices: int) -> schema.M
     return config.mesh.model_copy(update={**axes, "stage": 1, "dcn": dcn})
 
 
-def _abstract(sizes: dict[str, int]) -> Any:
+def abstract(sizes: dict[str, int]) -> Any:
     """A mesh of no devices, of which only the sizes are asked for."""
     full = dict.fromkeys(meshes.AXES, 1) | sizes
     return jax.sharding.AbstractMesh(tuple(full.values()), tuple(full))

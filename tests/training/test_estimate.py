@@ -1,13 +1,15 @@
 """Memory, traffic and time by arithmetic: against the described state, sums by hand, and in the long tier the compiler."""
 
+import itertools
 import math
+import pathlib
 from types import SimpleNamespace
 
 import jax
 import pytest
 from programs import BATCH, LENGTH, build, make_config
 
-from maxtrain.config import Refused, schema
+from maxtrain.config import Refused, load, schema
 from maxtrain.parallel import mesh as meshes
 from maxtrain.parallel.sharding import Layout
 from maxtrain.training import compilation, dry_run, estimate, planner
@@ -15,6 +17,7 @@ from maxtrain.training.collectives import Collective
 from maxtrain.training.estimate import Time, Work
 from maxtrain.training.hardware import CHIPS, Chip
 
+ROOT = pathlib.Path(__file__).parents[2]
 CHIP = CHIPS["TPU v5e"]
 LAYOUTS = [{"fsdp": 8}, {"data": 2, "fsdp": 4}, {"fsdp": 2, "axes": {"tensor": 4}}, {"data": 4, "fsdp": 2, "axes": {"zero1": True}}]
 
@@ -105,9 +108,34 @@ def test_plans_can_be_run(model, slice_of_v5e):
     assert [plan.time.step for plan in fit] == sorted(plan.time.step for plan in fit)
 
 
-def test_plan_that_is_pasted_is_the_plan(slice_of_v5e):
-    from maxtrain.config import load
+RECIPES = {  # name in configs/runs/: the kind of its devices, the sides of its slice, devices of a chip
+    "llama3.1-8b-v5e-256": ("TPU v5 lite", (16, 16), 1),
+    "llama3.1-70b-v5p-512": ("TPU v5", (8, 8, 8), 1),
+    "gemma3-27b-v6e-256": ("TPU v6 lite", (16, 16), 1),
+    "qwen3-30b-a3b-v5p-128": ("TPU v5", (4, 4, 8), 1),
+    "qwen3-32b-v6e-256": ("TPU v6 lite", (16, 16), 1),
+    "deepseek-v3-v5p-1024": ("TPU v5", (8, 8, 16), 1),
+    "gpt-oss-120b-tpu7x-128": ("TPU7x", (4, 4, 8), 2),
+}
 
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_plan_is_at_least_as_good_as_the_recipe(name):
+    """By the estimates of both; and the recipe fits by estimate."""
+    kind, sides, cores = RECIPES[name]
+    places = [place for place in itertools.product(*map(range, sides)) for _ in range(cores)]
+    devices = [SimpleNamespace(device_kind=kind, coords=place, slice_index=0) for place in places]
+    config = load(str(ROOT / "configs" / "runs" / f"{name}.yml"), []).config
+    layout = Layout(planner.abstract(dict(zip(meshes.AXES, meshes.sizes(config.mesh, len(devices)), strict=True))), config.mesh.rules)
+    work, chip = Work.of(meshes.settle(config, on_cpu=False)), compilation.chip_of(devices[0])
+    room = planner.FULL * chip.memory * compilation.GIB
+    assert sum(estimate.memory(work, layout).values()) < room
+    best = planner.plans(config, devices)[0]
+    assert best.memory < room
+    assert best.time.step <= estimate.time(work, layout, chip, estimate.traffic(work, layout, {}, sides)).step
+
+
+def test_plan_that_is_pasted_is_the_plan(slice_of_v5e):
     plan = planner.plans(make_config(), jax.devices())[0]
     again = load(None, plan.lines).config
     assert {axis: getattr(again.mesh, axis) for axis in plan.sizes} == plan.sizes

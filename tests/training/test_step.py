@@ -1,6 +1,7 @@
 """The train step: the same numbers on any mesh and with any microbatches, and what is done about bad steps."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,13 @@ from programs import BATCH, EXPERTS, LENGTH, MODELS, batches, build, compiled, d
 
 from maxtrain.checkpoint.orbax import Checkpointer
 from maxtrain.config import schema
+from maxtrain.parallel import sharding
 from maxtrain.parallel.sharding import is_param, kind
 from maxtrain.training import dry_run
 from maxtrain.training import state as states
 from maxtrain.training.optimizer import make_schedule
 from maxtrain.training.program import put_batch
+from maxtrain.training.step import make_train_step
 
 
 def steady(model):
@@ -290,6 +293,16 @@ def test_padding_has_no_influence(model):
     found = [gradient(state.model, given | blank | {"tokens": np.where(padding, t, given["tokens"])}) for t in (3, given["tokens"][::-1])]
     for a, b in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("axes", [{}, {"tensor": 2}, RING, {"context": 4, "context_attention": "all_to_all"}])
+def test_masks_are_not_kept_for_all_layers(axes):
+    """Nothing that only says which token sees which is computed outside the layers: it would grow by the square of the length."""
+    program = build(make_config(axes=axes, data=1, fsdp=2))
+    with sharding.use(program.layout):
+        traced = jax.make_jaxpr(make_train_step(program.config, program.loss_fn))(program.state, program.batch(BATCH, LENGTH))
+    masks = [var.aval.shape for equation in traced.eqns for var in equation.outvars if var.aval.dtype == bool]
+    assert max(map(math.prod, masks)) <= BATCH * LENGTH
 
 
 def test_custom_loss():
