@@ -80,6 +80,9 @@ def read(text: str, mesh: jax.sharding.Mesh) -> list[Collective]:
             if len(group) > 1:
                 scattered = name.startswith("all-reduce-scatter")
                 size = _size(item, kind, len(group))
+                if kind == "ragged-all-to-all":  # one side has room for more than comes
+                    rows = item.rest.partition(",")[0].lstrip("%")
+                    size = min(size, *(_size(given, kind, len(group)) for given in computations[name][1] if given.name == rows))
                 kind = "reduce-scatter" if scattered and kind == "all-reduce" else kind
                 network = "DCN" if len(set(slices[group])) > 1 else "ICI"
                 sent, rings = size * SENT[kind](len(group)), _rings(mesh.devices.reshape(-1), group)

@@ -166,7 +166,8 @@ def _working(config: schema.Config, layout: Layout, name: str, tokens: int, widt
     scores = tokens / length * layout.parts("length") * model.num_heads / layout.parts("heads") * block * length * (4 + 4 + width)
     working, moe = tokens * (4 * model.embed + 4 * attention + 2 * hidden), _routed(model, name)
     if moe is not None:
-        working += _rows(moe, layout, tokens) * (5 * model.embed + 3 * moe.mlp / layout.parts("mlp"))
+        wide = 5 if layout.parts("expert") == 1 else 3  # arrays of rows at a time: where rows travel, their room is the larger part
+        working += _rows(moe, layout, tokens) * (wide * model.embed + 3 * moe.mlp / layout.parts("mlp"))
     return width * working + scores
 
 

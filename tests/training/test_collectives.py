@@ -85,16 +85,19 @@ ENTRY %main (p: (s32[])) -> (s32[]) {
   %w = (s32[]{:T(128)}) while(%p), condition=%cond, body=%body
   %s = (bf16[2,64]{1,0}, bf16[2,64]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%x), source_target_pairs={{0,2},{2,0},{1,3},{3,1}}
   %t = f32[16]{0} all-reduce(%y), channel_id=1, replica_groups=[2,2]<=[2,2]T(1,0), to_apply=%add
+  %rows = bf16[4,64]{1,0} copy(%x)
+  %v = bf16[8,64]{1,0} ragged-all-to-all(%rows, %room, %i, %j, %k, %l), channel_id=9, replica_groups={{0,1},{2,3}}
   %u = (bf16[1,64]{1,0}, bf16[2,64]{1,0}) all-gather-start(%z), replica_groups={{0,1},{2,3}}, dimensions={0}
 }
 """  # noqa: E501
 
 
 def test_forms_of_tpus():
-    """A scatter by fusion, a gather repeated in two fusions of a chain, groups by axis name and by order, starts with counters."""
+    """A scatter by fusion, a gather repeated in two fusions of a chain, groups by axis name and by order, starts with counters, room."""
     assert collectives.read(TPU, mesh_of(a=2, b=2)) == [
         Collective("collective-permute", ("a",), "ICI", 256, 256, 1, 2),
         Collective("all-reduce", ("a",), "ICI", 64, 64, 1, 2),
+        Collective("ragged-all-to-all", ("b",), "ICI", 512, 256, 1, 2),
         Collective("all-gather", ("b",), "ICI", 256, 128, 1, 2),
         Collective("reduce-scatter", ("b",), "ICI", 8192, 4096, 16, 2),
         Collective("all-gather", ("a", "b"), "ICI", 8192, 6144, 16, 4),
@@ -107,7 +110,7 @@ def test_axes_of_the_torus():
     for place in np.ndindex(2, 2):
         grid[place] = SimpleNamespace(coords=(*place, 0))
     mesh = SimpleNamespace(devices=grid, axis_names=("a", "b"), size=4)
-    assert [item.rings for item in collectives.read(TPU, mesh)] == [1, 1, 1, 1, 2]
+    assert [item.rings for item in collectives.read(TPU, mesh)] == [1, 1, 1, 1, 1, 2]
 
 
 SLICES = """
