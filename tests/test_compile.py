@@ -96,17 +96,20 @@ def test_what_does_not_fit_comes_with_advice():
 CODE = """
 import dataclasses, json, sys
 from maxtrain.config import load
-from maxtrain.training import compilation, dry_run, estimate
+from maxtrain.training import compilation, estimate
 from maxtrain.training.topology import devices_of
 
 made = compilation.program(load(sys.argv[1], sys.argv[3:]).config, devices_of(sys.argv[2]))
 done = compilation.compiled(made.lower_step(), made.layout.mesh)
 work = estimate.Work.of(made.config)
+memory = estimate.memory(work, made.layout)  # what the dry run prints
 print(json.dumps({
     "traffic": [item._asdict() for item in done.traffic],
     "theory": [item._asdict() for item in estimate.traffic(work, made.layout, {})],
     "arguments": done.arguments,
-    "state": dry_run.bytes_per_device((made.state, made.batch(made.config.data.batch_size, made.config.data.length))),
+    "given": sum(memory[kind] for kind in ("parameters", "optimizer", "batch")),
+    "compiled": done.total,
+    "estimated": sum(memory.values()),
     "weights": 2 * sum(leaf.elements(dataclasses.replace(made.layout, rules={})) for leaf in work.parameters),
 }))
 """
@@ -140,14 +143,16 @@ CASES = {  # preset, topology, words
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_compiled_traffic_and_memory_are_what_the_layout_calls_for(name):
-    """Weights are gathered or go around, never added up whole; nothing large is replicated; the arguments are counted within a tenth.
+    """Weights are gathered or go around, never added up whole; nothing large is replicated.
 
-    Gradients may be added up whole and then cut: twice the traffic of scattering them, and what the compiler often does.
+    The arguments are counted within a tenth, the total is estimated within a quarter. Gradients may be added up whole and then cut:
+    twice the traffic of scattering them, which libtpu prefers over several axes of a torus.
     """
     preset, topology, words = CASES[name]
     found = compiled(preset, topology, *words)
     traffic, theory = found["traffic"], found["theory"]
-    assert found["arguments"] == pytest.approx(found["state"], rel=0.1)
+    assert found["given"] == pytest.approx(found["arguments"], rel=0.1)
+    assert found["estimated"] == pytest.approx(found["compiled"], rel=0.25)
     moved = sent(traffic, "all-gather", "fsdp") + sent(traffic, "collective-permute", "fsdp")
     assert moved > 0.6 * sent(theory, "all-gather", "fsdp")
     assert sent(traffic, "all-reduce", "fsdp") < 2.2 * found["weights"]

@@ -115,7 +115,7 @@ class Mesh(Section):
         length=("context",),
         residual=("context", "tensor"),
         vocab=("tensor",),
-        embed=("fsdp",),
+        embed=("fsdp", "context"),
         mlp=("tensor",),
         heads=("tensor",),
         kv_heads=("tensor",),

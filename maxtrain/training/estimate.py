@@ -202,7 +202,7 @@ def time(work: Work, layout: Layout, chip: Chip, traffic: Iterable[Collective]) 
     devices, hidden, exposed = layout.mesh.size, {"ICI": 0.0, "DCN": 0.0}, 0.0
     for item in traffic:
         seconds = network_seconds(item, chip)
-        if item.network == "ICI" and not set(item.axes) <= HIDDEN:
+        if item.network == "ICI" and not (set(item.axes) <= HIDDEN or "fsdp" in item.axes):
             exposed += seconds
         else:
             hidden[item.network] += seconds
