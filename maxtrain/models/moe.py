@@ -104,8 +104,9 @@ def dropless(cfg: schema.Moe, activation: str):
         sizes = jnp.bincount(chosen, length=cfg.num_experts).astype(jnp.int32)
         rows = x.reshape(-1, embed)[order // cfg.experts_per_token]
         rows, sizes, bring_back = rows_to_owners(rows, sizes)
-        owner = jnp.repeat(jnp.arange(sizes.shape[0]), sizes, total_repeat_length=rows.shape[0])  # the expert of a row
-        out = _experts(activation, rows, matrices, lambda a, b: grouped_matmul(a, b, sizes), lambda bias: bias[owner])
+        place, ends = jnp.arange(rows.shape[0])[:, None], jnp.cumsum(sizes)
+        owner = ((place >= ends - sizes) & (place < ends)).astype(x.dtype)  # a product: TPUs add up a gather's gradient row by row
+        out = _experts(activation, rows, matrices, lambda a, b: grouped_matmul(a, b, sizes), lambda bias: owner @ bias)
         out = bring_back(out)[jnp.argsort(order)]
         return psum(jnp.einsum("blke,blk->ble", out.reshape(batch, length, cfg.experts_per_token, embed), weights), "mlp")
 

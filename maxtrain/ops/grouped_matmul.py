@@ -17,7 +17,8 @@ def grouped_matmul(x: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> 
 
     Shapes: x [rows, in], sorted by group; weights [groups, in, out]; group_sizes int32 [groups]; result [rows, out].
     """
-    return _cut(KERNELS.get(platform(), jax.lax.ragged_dot)(x, weights, group_sizes), group_sizes.sum())
+    rows = group_sizes.sum()
+    return _cut(KERNELS.get(platform(), jax.lax.ragged_dot)(_cut(x, rows), weights, group_sizes), rows)
 
 
 @jax.custom_vjp
