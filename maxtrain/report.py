@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from html import escape
+from importlib.resources import files
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -298,26 +299,7 @@ def fold(title: str, content: str, opened: bool = False) -> str:
     return content and f"<details class=card{' open' if opened else ''}><summary>{title}</summary>{content}</details>"
 
 
-PAGE_STYLE = """
-*{box-sizing:border-box}body{margin:0;background:var(--page);color:var(--text);font:16px/1.5 system-ui,sans-serif}
-main{max-width:72rem;margin:0 auto;padding:2.5rem 1.25rem 4rem}h1{font-size:1.9rem;line-height:1.2;margin:0;overflow-wrap:anywhere}
-h2{font-size:1.2rem;margin:2.5rem 0 .9rem}h3{font-size:1rem;margin:0 0 .6rem}small,.lede{color:var(--soft);font-weight:400}
-.lede{margin:.3rem 0 1.75rem}.wide,details.card{margin-bottom:1rem}summary{cursor:pointer;font-weight:600}
-.card{background:var(--card);border:1px solid var(--rule);border-radius:10px;padding:1rem 1.25rem;min-width:0;overflow-x:auto}
-.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));gap:1rem}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr));gap:1.25rem 1.5rem;margin:0 0 1.75rem}
-.tiles dt{font-size:.85rem;color:var(--soft)}.tiles dd{margin:0;font-size:1.5rem;font-weight:600;line-height:1.3}
-.tiles dd small{display:block;font-size:.78rem;overflow-wrap:anywhere}
-.bar{display:flex;align-items:center;gap:.75rem;margin:.3rem 0;font-size:.9rem}.bar span{width:3.2rem;color:var(--soft)}
-.bar i{height:.9rem;border-radius:3px;background:var(--rule);width:calc((100% - 9rem)*var(--w))}.bar:first-of-type i{background:var(--c0)}
-.bar b{font-weight:600;font-variant-numeric:tabular-nums}ul{margin:.5rem 0 0;padding-left:1.2rem;max-height:14rem;overflow:auto}
-pre,.sample{font:.85rem/1.5 ui-monospace,monospace;overflow-wrap:anywhere}pre{overflow-x:auto;margin:.75rem 0 0}
-.sample{white-space:pre-wrap;margin:1rem 0 0}.sample+.sample{border-top:1px solid var(--rule);padding-top:1rem}
-.sample span{color:var(--soft)}table{border-collapse:collapse;width:100%;font-size:.875rem}
-th,td{text-align:left;vertical-align:top;padding:.2rem 0;overflow-wrap:anywhere}
-th{color:var(--soft);font-weight:400;padding-right:1rem;white-space:nowrap;width:1%}
-@media(max-width:40rem){main{padding:1.5rem .75rem 3rem}figure,.card{padding:.85rem}.wide .plot{height:15rem}}
-"""
+PAGE_STYLE = files("maxtrain").joinpath("report.css").read_text()
 
 
 def page(run: Run) -> str:

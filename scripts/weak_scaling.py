@@ -30,21 +30,20 @@ CASES = [  # topology, slices, words
     ("v5p:8x8x8", 2, ("mesh.dcn.data=2",)),
 ]
 MODEL, LENGTH, ROWS = "configs/models/llama3.2-1b.yml", 2048, 2
-GROUPS = {"all-gather": "weights", "collective-permute": "weights"}  # the rest adds gradients up
 
 
 def sums(traffic: Iterable[Collective]) -> dict[str, float]:
-    """MiB that a device sends, by what is sent and over which network; along tensor both are activations."""
+    """MiB that a device sends over each network, and how much of it in all-reduces within the slice."""
     found: dict[str, float] = defaultdict(float)
     for item in traffic:
-        what = "activations" if "tensor" in item.axes else GROUPS.get(item.kind, "gradients")
-        found["DCN" if item.network == "DCN" else what] += item.sent * item.runs / 2**20
+        found[item.network] += item.sent * item.runs / 2**20
+        found["all-reduced"] += item.sent * item.runs / 2**20 if (item.network, item.kind) == ("ICI", "all-reduce") else 0.0
     return found
 
 
 def main(words: list[str]) -> None:
     """Compile the cases one after the other."""
-    columns = ["chips", "slices of", "mesh", *(f"{name}, MiB" for name in ("weights", "gradients", "activations", "DCN")), "compile, s"]
+    columns = ["chips", "slices of", "mesh", "ICI, MiB", "of it all-reduced", "DCN, MiB", "compile, s"]
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for topology, slices, own in CASES:
         devices, start = devices_of(topology, slices), time.perf_counter()
@@ -53,7 +52,7 @@ def main(words: list[str]) -> None:
         done = compilation.compiled(made.lower_step(), made.layout.mesh)
         across = {"data": slices} if slices > 1 else {}
         real, theory = sums(done.traffic), sums(estimate.traffic(Work.of(made.config), made.layout, across))
-        cells = [f"{real[what]:,.0f} / {theory[what]:,.0f}" for what in ("weights", "gradients", "activations", "DCN")]
+        cells = [f"{real[what]:,.0f} / {theory[what]:,.0f}" for what in ("ICI", "all-reduced", "DCN")]
         mesh = ", ".join(f"{axis}={size}" for axis, size in made.layout.mesh.shape.items() if size > 1)
         row = [f"{len(devices):,}", f"{slices} x {topology}", mesh, *cells, f"{time.perf_counter() - start:.0f}"]
         print(f"| {' | '.join(row)} |", flush=True)

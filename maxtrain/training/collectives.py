@@ -163,7 +163,23 @@ def _turns(loop: _Instruction, computations: dict[str, tuple[bool, list[_Instruc
             if item.opcode == "constant" and item.result.startswith(("s32[]", "u32[]", "s64[]")) and number:
                 numbers.append(int(number[1]))
             pending += [called for called in _called(item) if called in computations]
-    return max(numbers)
+    return -(-max(numbers) // _step(loop, computations))
+
+
+def _step(loop: _Instruction, computations: dict[str, tuple[bool, list[_Instruction]]]) -> int:
+    """How much a loop's counter grows in a turn: a product that is unrolled by two counts by two."""
+    condition, body = (computations[name][1] for name in re.findall(r"(?:condition|body)=%?([\w.\-]+)", loop.rest)[:2])
+    compared = next((item for item in condition if item.opcode == "compare"), None)
+    counter = re.search(r"index=(\d+)", _named(compared, 0, condition).rest) if compared else None
+    grown = _named(body[-1], int(counter[1]), body) if counter else None
+    found = re.match(r"(\d+)\)", _named(grown, 1, body).rest) if grown and grown.opcode == "add" else None
+    return int(found[1]) if found else 1
+
+
+def _named(item: _Instruction, operand: int, instructions: Sequence[_Instruction]) -> _Instruction:
+    """The instruction that makes an operand of another; the other itself if it is not among them."""
+    names = re.findall(r"%([\w.\-]+)", item.rest)
+    return next((made for made in instructions if names[operand : operand + 1] == [made.name]), item)
 
 
 def _size(item: _Instruction, kind: str, group: int) -> float:

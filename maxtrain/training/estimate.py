@@ -149,7 +149,7 @@ def _kept(config: schema.Config, layout: Layout, name: str, tokens: int, resting
     if config.remat.policy == "dots":
         outputs = model.num_heads * model.value_width / layout.parts("heads")  # of attention itself, computed again
         return tokens * (attention - outputs + hidden) + resting * 2 * model.embed
-    kept, moe = tokens * (attention + 1.5 * hidden + 3 * model.embed) + resting * 2 * model.embed, _routed(model, name)
+    kept, moe = tokens * (attention + 1.5 * hidden) + resting * 5 * model.embed, _routed(model, name)
     if moe is not None:
         kept += (
             _rows(moe, layout, tokens) * (model.embed + 3 * moe.mlp / layout.parts("mlp")) + tokens * moe.experts_per_token * model.embed
@@ -247,24 +247,27 @@ def traffic(work: Work, layout: Layout, slices: Mapping[str, int], torus: Sequen
                 part = size / (group // across if network == "DCN" else 1)
                 found.append(Collective(kind, axes, network, size, part * _share(kind, n), round(count), n, _rings(n, torus, network)))
 
-    gathered = [leaf.elements(Layout(layout.mesh, {**layout.rules, "embed": ()})) for leaf in work.parameters]
-    shards = layout.split("embed")
-    if shards:
-        add("all-gather", shards, width * sum(gathered), 2 * micro)
-        add("reduce-scatter", shards, width * sum(gathered), micro)
+    shards, whole = layout.split("embed"), Layout(layout.mesh, {**layout.rules, "embed": ()})
+    if shards:  # layers are multiplied with forward and backward; a table once as the embedding, once as the head
+        tables, uses = [leaf for leaf in work.parameters if leaf.axes == ("vocab", "embed")], 1 + model.tie_embeddings
+        size = width * sum(leaf.elements(whole) for leaf in tables)
+        layers = width * sum(leaf.elements(whole) for leaf in work.parameters) - size
+        for kind, of_layers in (("all-gather", 2), ("reduce-scatter", 1)):
+            add(kind, shards, layers, of_layers * micro)
+            add(kind, shards, size, uses * micro)
     replicas = tuple(axis for axis in layout.split("batch") if axis not in shards and axis not in layout.split("expert"))
     if replicas:
         add("all-reduce", replicas, 4 * sum(leaf.elements(layout) for leaf in work.parameters), micro)
-    layers, tokens = len(model.trained_kinds), work.local_tokens(layout, "length")
+    depth, tokens = len(model.trained_kinds), work.local_tokens(layout, "length")
     tensor = layout.split("heads")
     if tensor:
-        add("all-gather", tensor, width * tokens * model.embed, layers * (6 + 2 * remat) * micro)
-        add("reduce-scatter", tensor, width * tokens * model.embed, layers * (4 + remat) * micro)
+        add("all-gather", tensor, width * tokens * model.embed, depth * (6 + 2 * remat) * micro)
+        add("reduce-scatter", tensor, width * tokens * model.embed, depth * (4 + remat) * micro)
     context = layout.split("length")
     if context:
         keys, others = tokens * 2 * model.kv_heads * model.head_width / layout.parts("heads"), layout.parts("length") - 1
         passes = width * (2 + remat) + 4  # forward, again, and backward with the gradients in float32
-        for _ in range(layers * micro):
+        for _ in range(depth * micro):
             found.append(Collective("collective-permute", context, "ICI", passes * keys, passes * keys, others, others + 1))
     experts, moe = layout.split("expert"), model.moe
     if experts and moe is not None:

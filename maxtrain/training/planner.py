@@ -17,7 +17,7 @@ from maxtrain.training.compilation import GIB, Compiled
 from maxtrain.training.estimate import Time, Work
 
 POLICIES = ("none", "dots", "full")
-FULL = 0.92  # share of the memory that an estimate may take
+FULL = 0.88  # share of the memory that an estimate may take
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 CONFIRMED = 3
 

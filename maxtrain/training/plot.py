@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
+from importlib.resources import files
 from itertools import pairwise
 from typing import Literal
 
@@ -153,67 +154,5 @@ def _paths(one: Series) -> str:
     return path
 
 
-STYLE = """
-:root{color-scheme:light dark;--page:#f6f7f9;--card:#fff;--text:#1d2430;--soft:#667080;--rule:#e4e7ec;--skip:#c2410c;
---c0:#3566b8;--c1:#d97a1f;--c2:#2a9484;--c3:#8a5ab5;--c4:#c24a5e;--c5:#7c8a2a;--c6:#2b93bf;--c7:#8d6e5b}
-@media(prefers-color-scheme:dark){:root{--page:#12151a;--card:#1a1e25;--text:#e3e7ee;--soft:#94a0b1;--rule:#2b313b;--skip:#fb923c;
---c0:#7aa5ee;--c1:#f0a35a;--c2:#5cc2b0;--c3:#bd95e3;--c4:#ea8796;--c5:#b7c45f;--c6:#6cc4e8;--c7:#c4a48f}}
-figure{margin:0;padding:1rem 1.25rem .75rem;background:var(--card);border:1px solid var(--rule);border-radius:10px;min-width:0}
-figcaption{font-weight:600;margin-bottom:.75rem}figcaption small{font-weight:400;color:var(--soft);margin-left:.35rem}
-.plot{position:relative;height:13rem;margin:0 .6rem 1.6rem 3rem;border-bottom:1px solid var(--rule);touch-action:pan-y}
-.wide .plot{height:20rem}
-.plot svg{position:absolute;inset:0;width:100%;height:100%;clip-path:inset(0 -5px)}.plot svg{overflow:visible}
-.plot span.y,.plot span.x{position:absolute;font-size:.75rem;color:var(--soft);white-space:nowrap;line-height:1}
-.plot span.y{right:100%;transform:translateY(-50%);padding-right:.5rem}
-.plot span.y::after{content:"";position:absolute;left:100%;top:50%;width:100cqw;border-top:1px solid var(--rule);opacity:.7}
-.plot{container-type:inline-size}
-.plot span.x{top:100%;transform:translateX(-50%);padding-top:.5rem}
-.plot path{fill:none;stroke:var(--c);stroke-width:1.75;stroke-linejoin:round;stroke-linecap:round;vector-effect:non-scaling-stroke}
-.plot path.faint{stroke-width:1;opacity:.3}.plot path.dashed{stroke-dasharray:5 4}
-.plot path.dots{stroke-width:1.25;opacity:.75}.plot path.dot{stroke-width:7}
-.plot path.area{fill:color-mix(in srgb,var(--c) 60%,var(--card));stroke:none}.plot path.skip{stroke:var(--skip);stroke-width:1.5}
-.plot .event,.cursor{position:absolute;top:0;bottom:0;width:9px;margin-left:-5px}
-.plot .event::before,.cursor::before{content:"";position:absolute;left:4px;top:0;bottom:0;border-left:1px dashed var(--soft)}
-.cursor{display:none;pointer-events:none}.cursor::before{border-left-style:solid;opacity:.6}
-.tip{display:none;position:absolute;top:.25rem;z-index:2;pointer-events:none;padding:.4rem .6rem;border-radius:6px;font-size:.8rem;
-background:var(--card);border:1px solid var(--rule);box-shadow:0 2px 10px #0002;white-space:nowrap;font-variant-numeric:tabular-nums}
-.tip b{display:block}.tip div::before{content:"";display:inline-block;width:.6rem;height:.6rem;border-radius:3px;margin-right:.4rem;
-background:var(--c)}
-.legend{display:flex;flex-wrap:wrap;gap:.2rem 1.1rem;font-size:.8rem;color:var(--soft)}
-.key::before{content:"";display:inline-block;width:1rem;border-top:3px solid var(--c);margin-right:.4rem;vertical-align:.22em}
-.key.dashed::before{border-top-style:dashed}.key.skip::before,.key.event::before{width:0;border-top:0;height:.8em;vertical-align:-.05em}
-.key.skip::before{border-left:2px solid var(--skip)}.key.event::before{border-left:1px dashed var(--soft)}
-"""
-
-SCRIPT = """
-for (const plot of document.querySelectorAll('.plot')) {
-  const last = Number(plot.dataset.last), tip = plot.querySelector('.tip'), cursor = plot.querySelector('.cursor');
-  const show = v => Math.abs(v) >= 1e-3 || v === 0 ? v.toLocaleString('en', {maximumSignificantDigits: 5}) : v.toExponential(3);
-  let lines;
-  plot.onpointermove = event => {
-    lines ??= [...plot.querySelectorAll('path[data-label]')].map(path => {
-      const numbers = path.getAttribute('d').match(/-?[\\d.]+(e[-+]?\\d+)?/g).map(Number), area = path.matches('.area');
-      const points = numbers.flatMap((x, i) => i % 2 ? [] : [[x, numbers[i + 1]]]);
-      return {label: path.dataset.label, color: path.getAttribute('style'), area, points: area ? points.slice(1, -1) : points};
-    });
-    const box = plot.getBoundingClientRect(), at = last * (event.clientX - box.left) / box.width;
-    const near = lines.map(line => line.points.reduce((a, b) => Math.abs(b[0] - at) < Math.abs(a[0] - at) ? b : a));
-    const step = near.reduce((a, b) => Math.abs(b[0] - at) < Math.abs(a[0] - at) ? b : a)[0];
-    const head = document.createElement('b');
-    head.textContent = 'step ' + Math.round(step).toLocaleString('en');
-    tip.replaceChildren(head, ...lines.flatMap(({label, color, area}, i) => {
-      if (Math.abs(near[i][0] - step) > last / 100) return [];
-      const row = document.createElement('div'), value = near[i][1] - (area && lines[i + 1] ? near[i + 1][1] : 0);
-      row.style = color;
-      row.textContent = label + '  ' + show('log' in plot.dataset ? 10 ** value : value);
-      return [row];
-    }));
-    const share = step / last;
-    cursor.style.left = share * 100 + '%';
-    tip.style.left = share < .5 ? `calc(${share * 100}% + 10px)` : 'auto';
-    tip.style.right = share < .5 ? 'auto' : `calc(${100 - share * 100}% + 10px)`;
-    tip.style.display = cursor.style.display = 'block';
-  };
-  plot.onpointerleave = () => tip.style.display = cursor.style.display = 'none';
-}
-"""
+_FOLDER = files("maxtrain.training")
+STYLE, SCRIPT = (_FOLDER.joinpath(name).read_text() for name in ("plot.css", "plot.js"))

@@ -113,6 +113,33 @@ def test_axes_of_the_torus():
     assert [item.rings for item in collectives.read(TPU, mesh)] == [1, 1, 1, 1, 1, 2]
 
 
+UNROLLED = """
+%cond (p: (f32[64], s32[])) -> pred[] {
+  %limit = u32[]{:T(128)} constant(8)
+  %p = (f32[64], u32[]) parameter(0)
+  %i = u32[]{:T(128)} get-tuple-element(%p), index=1
+  ROOT %lt = pred[]{:T(512)} compare(%i, %limit), direction=LT
+}
+%body (p: (f32[64], s32[])) -> (f32[64], s32[]) {
+  %two = u32[]{:T(128)} constant(2)
+  %p = (f32[64], u32[]) parameter(0)
+  %x = f32[64]{0} get-tuple-element(%p), index=0
+  %i = u32[]{:T(128)} get-tuple-element(%p), index=1
+  %y = f32[64]{0} collective-permute(%x), source_target_pairs={{0,1},{1,0},{2,3},{3,2}}
+  %next = u32[]{:T(128)} add(%i, %two)
+  ROOT %out = (f32[64], u32[]) tuple(%y, /*index=1*/%next)
+}
+ENTRY %main (p: (f32[64], s32[])) -> (f32[64], s32[]) {
+  %p = (f32[64], u32[]) parameter(0)
+  ROOT %w = (f32[64], u32[]) while(%p), condition=%cond, body=%body
+}
+"""
+
+
+def test_loop_that_counts_by_two():
+    assert [item.runs for item in collectives.read(UNROLLED, mesh_of(a=2, b=2))] == [4]
+
+
 SLICES = """
 ENTRY %main (p: (s32[])) -> (s32[]) {
   %s = (bf16[2,64]{1,0}, u32[], token[]) send(%x, %t), channel_id=6, is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
