@@ -129,14 +129,16 @@ def sent(items, kind, axis):
     return sum(item["sent"] * item["runs"] for item in items if item["kind"] == kind and axis in item["axes"])
 
 
-BIG = ["data.batch_size=64", "data.length=512", "model.embed=1024", "model.mlp=2048", "model.num_layers=4", "model.vocab_size=2048"]
+BIG = ["data.length=512", "model.embed=1024", "model.mlp=2048", "model.num_layers=4", "model.vocab_size=2048"]
+FEW, MANY = [*BIG, "data.batch_size=64"], [*BIG, "data.batch_size=1024"]  # many where vector memory would hold what there is of few
 CASES = {  # preset, topology, words
-    "fsdp": ("llama-tiny", "v5e:2x4", BIG),
-    "fsdp, solid": ("llama-tiny", "v5p:4x4x4", BIG),
-    "remat": ("llama-tiny", "v6e:4x4", [*BIG, "remat.policy=full"]),
-    "tensor": ("llama-tiny", "v5e:2x4", [*BIG, "mesh.tensor=4", "remat.policy=dots"]),
-    "latent": ("deepseek-v2-tiny", "v5e:2x4", [*BIG, "model.moe.mlp=512", "model.moe.shared_mlp=512"]),
-    "expert": ("mixtral-tiny", "v5e:2x4", [*BIG, "model.moe.mlp=1024", "mesh.expert=4"]),
+    "fsdp": ("llama-tiny", "v5e:2x4", FEW),
+    "fsdp, solid": ("llama-tiny", "v5p:4x4x4", MANY),
+    "remat": ("llama-tiny", "v6e:4x4", [*MANY, "remat.policy=full"]),
+    "tensor": ("llama-tiny", "v5e:2x4", [*FEW, "mesh.tensor=4", "remat.policy=dots"]),
+    "latent": ("deepseek-v2-tiny", "v5e:2x4", [*FEW, "model.moe.mlp=512", "model.moe.shared_mlp=512"]),
+    "expert": ("mixtral-tiny", "v5e:2x4", [*FEW, "model.moe.mlp=1024", "mesh.expert=4"]),
+    "context": ("llama3.2-1b", "v5e:4x4", ["data.length=8192", "data.batch_size=8", "remat.policy=full", "mesh.context=4"]),
 }
 
 

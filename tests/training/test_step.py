@@ -84,7 +84,7 @@ LATENT = schema.Model(
     layers="scan",
     qkv_bias=True,
     mtp=schema.Mtp(num_layers=1),
-    mla=schema.Mla(q_rank=24, kv_rank=16, nope_dim=8, rope_dim=4, value_dim=12),
+    mla=schema.Mla(q_rank=24, kv_rank=16, nope_dim=8, rope_dim=8, value_dim=12),
     rope=schema.Rope(interleaved=True),
     slots={"local": schema.Slot(window=9)},
     layer_pattern=("local",),
