@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
     topology, slices, decode = _options(arguments.options)
     config = load(arguments.config, arguments.overrides).config
     from maxtrain.training import compilation, planner, pretrained  # jax only from here on
-    from maxtrain.training.topology import devices_of
+    from maxtrain.training.topology import GENERATIONS, OPEN_RINGS, devices_of
 
     devices = devices_of(topology, slices)
     name = topology if slices == 1 else f"{slices} x {topology}"
@@ -35,6 +35,8 @@ def main(argv: Sequence[str]) -> int:
     made = compilation.program(config, devices)
     done = compilation.compiled(made.lower_step(), made.layout.mesh)
     print(compilation.report(made, done, name))
+    if slices > 1 and GENERATIONS[topology.partition(":")[0]].cubes:
+        print(OPEN_RINGS)
     if done.missing is not None:
         print(planner.advice(config, devices))
     return 0 if done.missing is None else 1

@@ -24,6 +24,10 @@ FLAT = Generation(((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16,
 SOLID = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
 GENERATIONS = {"v5e": FLAT, "v6e": FLAT, "v5p": Generation(SOLID, 24), "tpu7x": Generation(SOLID, 36)}
 
+OPEN_RINGS = (
+    "libtpu describes several slices of this generation without the links that close their rings: it adds weights up where it would gather "
+    "them on the real ones. Memory and DCN hold; compile for one slice to see its ICI."
+)
 QUIET = {  # there is no metadata server that libtpu could ask about its host, and no device that two processes could both want
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
