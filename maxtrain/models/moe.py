@@ -76,22 +76,40 @@ class MoeMlp(nnx.Module):
         return y if self.shared_gate is None else y * jax.nn.sigmoid(matmul(x, self.shared_gate))
 
 
-def _experts(activation: str, rows: jax.Array, matrices: tuple[jax.Array, ...], product: Any, of_rows: Any) -> jax.Array:
+def _experts(activation: str, rows: jax.Array, matrices: tuple[jax.Array, ...], product: Any, biased: Any) -> jax.Array:
     """The experts' feed-forward on sorted or boxed rows.
 
     Args:
         matrices: gate, up, down [experts, in, out] and, where experts have them, their biases [experts, out].
         product: (rows, matrix) -> rows, each by its own expert's matrix.
-        of_rows: bias [experts, out] -> something that adds to the rows.
+        biased: (rows, bias [experts, out]) -> rows, each with its own expert's bias added.
     """
     gate, up, down, *biases = matrices
     if not biases:
         return product(GATED[activation](product(rows, gate), product(rows, up)), down)
-    gate_bias, up_bias, down_bias = map(of_rows, biases)
-    hidden = GATED[activation](product(rows, gate) + gate_bias, product(rows, up) + up_bias)
+    gate_bias, up_bias, down_bias = biases
+    hidden = GATED[activation](biased(product(rows, gate), gate_bias), biased(product(rows, up), up_bias))
     if parts("mlp") > 1:  # each device has a share of the sum over mlp, to which the bias comes once
         down_bias = jnp.where(index("mlp") == 0, down_bias, 0)
-    return product(hidden, down) + down_bias
+    return biased(product(hidden, down), down_bias)
+
+
+@jax.custom_vjp
+def _biased(rows: jax.Array, owner: jax.Array, bias: jax.Array) -> jax.Array:
+    """rows [rows, out] plus bias [experts, out] of their experts, which owner [rows, experts] names with ones.
+
+    By a product, since TPUs add up a gather's gradient row by row; whose gradient comes before anything goes on from that of the rows:
+    a compiler that puts it off keeps the rows' gradients of all products and layers at hand meanwhile.
+    """
+    return rows + owner @ bias
+
+
+def _biased_backward(owner: jax.Array, d_rows: jax.Array) -> tuple[jax.Array, None, jax.Array]:
+    d_rows, d_bias = jax.lax.optimization_barrier((d_rows, owner.T @ d_rows))
+    return d_rows, None, d_bias
+
+
+_biased.defvjp(lambda rows, owner, bias: (_biased(rows, owner, bias), owner), _biased_backward)
 
 
 def dropless(cfg: schema.Moe, activation: str):
@@ -105,8 +123,8 @@ def dropless(cfg: schema.Moe, activation: str):
         rows = x.reshape(-1, embed)[order // cfg.experts_per_token]
         rows, sizes, bring_back = rows_to_owners(rows, sizes)
         place, ends = jnp.arange(rows.shape[0])[:, None], jnp.cumsum(sizes)
-        owner = ((place >= ends - sizes) & (place < ends)).astype(x.dtype)  # a product: TPUs add up a gather's gradient row by row
-        out = _experts(activation, rows, matrices, lambda a, b: grouped_matmul(a, b, sizes), lambda bias: owner @ bias)
+        owner = ((place >= ends - sizes) & (place < ends)).astype(x.dtype)
+        out = _experts(activation, rows, matrices, lambda a, b: grouped_matmul(a, b, sizes), lambda y, bias: _biased(y, owner, bias))
         out = bring_back(out)[jnp.argsort(order)]
         return psum(jnp.einsum("blke,blk->ble", out.reshape(batch, length, cfg.experts_per_token, embed), weights), "mlp")
 
@@ -127,7 +145,7 @@ def capacity(cfg: schema.Moe, activation: str):
         rows = jnp.tile(x, (1, cfg.experts_per_token, 1))
         boxes = jax.vmap(lambda row, at: jnp.zeros((cfg.num_experts * slots, embed), x.dtype).at[at].set(row, mode="drop"))(rows, target)
         boxes = boxes.reshape(batch, cfg.num_experts, slots, embed).transpose(1, 0, 2, 3).reshape(cfg.num_experts, -1, embed)
-        out = boxes_to_senders(_experts(activation, boxes_to_owners(boxes), matrices, jnp.matmul, lambda bias: bias[:, None]))
+        out = boxes_to_senders(_experts(activation, boxes_to_owners(boxes), matrices, jnp.matmul, lambda y, bias: y + bias[:, None]))
         out = out.reshape(cfg.num_experts, batch, slots, embed).transpose(1, 0, 2, 3).reshape(batch, -1, embed)
         picked = jax.vmap(lambda row, at: row.at[at].get(mode="fill", fill_value=0))(out, target)
         return psum(jnp.einsum("bkle,blk->ble", picked.reshape(batch, cfg.experts_per_token, length, embed), weights), "mlp")
