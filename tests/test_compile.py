@@ -11,7 +11,8 @@ import sys
 import pytest
 
 from maxtrain.compile import main
-from maxtrain.config import Refused
+from maxtrain.config import Refused, schema
+from maxtrain.parallel.mesh import make_mesh
 from maxtrain.training.topology import devices_of
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -63,6 +64,15 @@ def test_slices_have_their_devices(name):
     chips = math.prod(map(int, name.partition(":")[2].split("x")))
     assert len(devices_of(name)) == chips * (2 if name.startswith("tpu7x") else 1)
     assert len({device.slice_index for device in devices_of(name, 2)}) == 2
+
+
+@pytest.mark.slow
+def test_axis_that_is_no_side_of_the_torus_divides_one():
+    """8 experts' devices in a cube of 4: a block of 4 x 2, neighbours all."""
+    pytest.importorskip("libtpu")
+    grid = make_mesh(schema.Mesh(fsdp=-1, expert=8), devices_of("v5p:4x4x4")).devices.reshape(8, 8)
+    for group in grid:
+        assert sorted(len(set(along)) for along in zip(*(device.coords for device in group), strict=True)) == [1, 2, 4]
 
 
 @pytest.mark.slow

@@ -95,7 +95,7 @@ class Work:
 
 
 def memory(work: Work, layout: Layout) -> dict[str, float]:
-    """Bytes on one device, by kind, at the moment that takes most: the loss, a layer's backward pass, or the embedding's gradient."""
+    """Bytes on one device, by kind, at the moment that takes most: the loss, a period's backward pass, or the embedding's gradient."""
     config, model = work.config, work.config.model
     width = 2 if config.precision.compute == "bfloat16" else 4
     parameters = sum(leaf.elements(layout) for leaf in work.parameters)
@@ -115,13 +115,15 @@ def memory(work: Work, layout: Layout) -> dict[str, float]:
         "head and its gradient": (width + 4.0 * heads) * vocab * model.embed,
         "logits": 4 * chunk * vocab + 3 * width * tokens * model.embed,
     }
-    layer = {
+    # The layers of a period are one body, in which the compiler puts products of one off until those of another are done
+    work_of = {name: _working(config, layout, name, tokens, width) for name in model.trained_kinds}
+    period = {
         **({"head's gradient": 4.0 * heads * vocab * model.embed} if heads > 1 else {}),
         "a layer's weights": 2.0 * width * work.layer(layout, gathered=True),
-        "a layer at work": max(_working(config, layout, name, tokens, width) for name in model.trained_kinds),
+        "a period at work": max(sum(work_of[name] for name in model.layer_pattern), *work_of.values()),
     }
     table = {"embedding's gradient": 2.0 * width * vocab * model.embed}
-    return always | max(kept | head, kept | layer, table, key=lambda kinds: sum(kinds.values()))
+    return always | max(kept | head, kept | period, table, key=lambda kinds: sum(kinds.values()))
 
 
 def _widths(config: schema.Config, layout: Layout, name: str) -> tuple[float, float]:
