@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from maxtrain.config import cli, load
+from maxtrain.config import cli
 
 USAGE = "python -m maxtrain.train [CONFIG.yml] [section.key=value ...]"
 FLAGS = {"dry-run": "Print parameters, operations, bytes per device and the layout of every array; run no step."}
@@ -14,7 +14,7 @@ FLAGS = {"dry-run": "Print parameters, operations, bytes per device and the layo
 def main(argv: Sequence[str]) -> int:
     """Train as the arguments say; 0 when done, 75 when stopped by a signal and resumable, 1 when it diverged or could not be saved."""
     arguments = cli.parse(argv, usage=USAGE, flags=FLAGS)
-    config = load(arguments.config, arguments.overrides).config
+    config = cli.load_config(arguments)
     from maxtrain.llm import probes  # jax only from here on
     from maxtrain.training import dry_run, loop
 

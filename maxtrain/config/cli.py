@@ -16,6 +16,7 @@ from pydantic import TypeAdapter
 from pydantic.fields import FieldInfo
 
 from maxtrain.config import keys, loader
+from maxtrain.config.effects import without_effect
 from maxtrain.config.errors import Refused
 from maxtrain.config.schema import Config, Section
 
@@ -166,6 +167,18 @@ def number(arguments: Arguments, name: str, default: Number, kind: type[Number],
     if value is None or not minimum <= value < math.inf or len(given) > 1:
         raise Refused(f"--{name} {' '.join(given)}: write {keys.WORDS[kind]} >= {minimum}")
     return value
+
+
+def load_config(arguments: Arguments) -> Config:
+    """The config that was asked for; keys that have no effect in it are named on standard error.
+
+    Raises:
+        Refused: it has mistakes.
+    """
+    config = loader.load(arguments.config, arguments.overrides).config
+    for sentence in without_effect(config):
+        print(f"note: {sentence}", file=sys.stderr)
+    return config
 
 
 def run(main: Callable[[Sequence[str]], int | None]) -> NoReturn:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from maxtrain.config.mla import Mla
 from maxtrain.config.moe import Moe
 from maxtrain.config.mtp import Mtp
 from maxtrain.config.rope import Rope
-from maxtrain.config.section import FrozenDict, PositiveFloat, PositiveInt, Section, Strings
+from maxtrain.config.section import FrozenDict, Path, PositiveFloat, PositiveInt, Section, Strings
 
 
 class Slot(Section):
@@ -41,7 +41,7 @@ class Model(Section):
     """Width of the residual stream."""
     mlp: PositiveInt = 176
     """Hidden width of the dense feed-forward."""
-    num_layers: PositiveInt = 2
+    num_layers: Annotated[int, Field(ge=1, le=10_000)] = 2
     """Number of decoder layers, prefix included."""
     num_heads: PositiveInt = 4
     """Number of query heads."""
@@ -106,7 +106,7 @@ class Model(Section):
     """`scan` compiles one period whatever the depth, `unroll` is faster on CPU; `auto` chooses by platform. Checkpoints are the same."""
     init_scale: PositiveFloat = 1.0
     """Factor on the standard deviation of the initial weights (1 / sqrt(fan in); 0.02 for embeddings)."""
-    init_from: str | None = None
+    init_from: Path | None = None
     """Start from the weights of a run or checkpoint of MaxTrain, a folder of Hugging Face's or a GGUF file. Its config takes the place
     of this section if nothing else is set here, its tokenizer that of `data.tokenizer` if that is not set; otherwise they must agree."""
 

@@ -18,6 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from maxtrain.config.files import expand
 from maxtrain.config.schema import Source
 from maxtrain.data import sources
 from maxtrain.data.cache import build_once, key
@@ -73,7 +74,7 @@ class Shard:
 def prepare(name: str, source: Source, tokenizer: Tokenizer, cache_dir: str) -> Shard:
     """The shard of `source`, made if `cache_dir` does not hold it; `name` is for the progress line. Bad data is `Refused`."""
     made_of = key(FORMAT, sources.fingerprint(source, cache_dir), tokenizer.fingerprint)
-    return build_once(Path(cache_dir).expanduser() / "shards" / made_of, Shard.find, partial(_write, name, source, tokenizer))
+    return build_once(Path(expand(cache_dir, "data.cache_dir")) / "shards" / made_of, Shard.find, partial(_write, name, source, tokenizer))
 
 
 def _write(name: str, source: Source, tokenizer: Tokenizer, folder: Path) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from maxtrain.config.errors import Refused
+from maxtrain.config.files import expand
 from maxtrain.config.schema import Source
 from maxtrain.data.cache import key
 
@@ -71,7 +72,7 @@ def _content(files: list[tuple[str, Path]], cache_dir: str) -> str:
         with _refusing(path):
             stat = path.stat()
         status.append((str(path.absolute()), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
-    memo = Path(cache_dir).expanduser() / "content" / key(status)
+    memo = Path(expand(cache_dir, "data.cache_dir")) / "content" / key(status)
     with contextlib.suppress(OSError):
         if len(known := memo.read_text()) == 32:
             return known
@@ -99,7 +100,7 @@ def _files(source: Source) -> list[tuple[str, Path]]:
             subfolders[:] = set(subfolders) - STDLIB_EXCLUDED
             paths += [Path(folder, name) for name in names if name.endswith(".py")]
     else:
-        root = Path(source.path or "").expanduser()
+        root = Path(expand(source.path or "", "the source's path"))
         if not os.path.exists(root):
             raise Refused(f"{root}: no such file or folder; correct the source's path")
         if not root.is_dir():

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer as Backend
 
 from maxtrain.config import schema
 from maxtrain.config.errors import Refused
+from maxtrain.config.files import expand
 from maxtrain.data import chat, sources
 from maxtrain.data.cache import build_once, key
 
@@ -199,13 +200,13 @@ def load_saved(folder: str | Path) -> Tokenizer:
 
 
 def _huggingface(cfg: schema.Data) -> Tokenizer:
-    path = Path(cfg.tokenizer.path or "").expanduser()
+    path = Path(expand(cfg.tokenizer.path or "", "data.tokenizer.path"))
     return JsonTokenizer(path / "tokenizer.json" if path.is_dir() else path)
 
 
 def _bpe(cfg: schema.Data) -> Tokenizer:
     text = [(source.weight, sources.fingerprint(source, cfg.cache_dir)) for _, source in sorted(cfg.sources.items())]
-    folder = Path(cfg.cache_dir).expanduser() / "tokenizers" / key(cfg.tokenizer.model_dump(), PATTERN, text)
+    folder = Path(expand(cfg.cache_dir, "data.cache_dir")) / "tokenizers" / key(cfg.tokenizer.model_dump(), PATTERN, text)
     return build_once(folder, lambda folder: load_saved(folder) if folder.exists() else None, partial(_train, cfg))
 
 

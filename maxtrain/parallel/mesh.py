@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 
-from maxtrain.config import schema
+from maxtrain.config import files, schema
 from maxtrain.config.errors import Refused
 from maxtrain.parallel import context
 from maxtrain.parallel.pipeline import timetable
@@ -44,8 +44,9 @@ def keep_memory() -> None:
 def start(run: schema.Run, mesh: schema.Mesh) -> None:
     """Join the other processes (if there are any) and switch on the compilation cache. Idempotent."""
     keep_memory()
-    if run.compile_cache is not None:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(run.compile_cache))
+    cache = _compile_cache(run)
+    if cache is not None:
+        jax.config.update("jax_compilation_cache_dir", cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
     if mesh.num_processes == 1 or jax.distributed.is_initialized():
@@ -56,6 +57,18 @@ def start(run: schema.Run, mesh: schema.Mesh) -> None:
         jax.distributed.initialize(mesh.coordinator, mesh.num_processes, mesh.process_id)
         if jax.process_count() != mesh.num_processes:
             raise Refused(f"mesh.num_processes={mesh.num_processes}, but {jax.process_count()} processes joined")
+
+
+def _compile_cache(run: schema.Run) -> str | None:
+    """The folder of the compilation cache; None where there is none, also because the default's home folder is unknown."""
+    if run.compile_cache is None:
+        return None
+    try:
+        return files.expand(run.compile_cache, "run.compile_cache")
+    except Refused:
+        if "compile_cache" in run.changed:
+            raise
+        return None  # it only saves time
 
 
 def sizes(cfg: schema.Mesh, num_devices: int) -> tuple[int, ...]:

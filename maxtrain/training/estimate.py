@@ -120,7 +120,7 @@ def memory(work: Work, layout: Layout) -> dict[str, float]:
     period = {
         **({"head's gradient": 4.0 * heads * vocab * model.embed} if heads > 1 else {}),
         "a layer's weights": 2.0 * width * work.layer(layout, gathered=True),
-        "a period at work": max(sum(work_of[name] for name in model.layer_pattern), *work_of.values()),
+        "a period at work": max(sum(work_of.get(name, 0.0) for name in model.layer_pattern), *work_of.values()),
     }
     table = {"embedding's gradient": 2.0 * width * vocab * model.embed}
     return always | max(kept | head, kept | period, table, key=lambda kinds: sum(kinds.values()))

@@ -24,6 +24,7 @@ from maxtrain.checkpoint.orbax import Checkpointer
 from maxtrain.checkpoint.weights import Weights
 from maxtrain.config import dump, load, schema
 from maxtrain.config.errors import Refused
+from maxtrain.config.files import expand
 from maxtrain.data.tokenizer import ByteTokenizer, Tokenizer, load_saved
 from maxtrain.models.families.family import function
 from maxtrain.ops.attention import Context
@@ -134,7 +135,7 @@ def foreign(path: str) -> Weights:
 
 def open_source(path: str, overrides: Sequence[str] = ()) -> Source:
     """What is at a path, with its config changed by `overrides`; `Refused` if it is no trained model or one that is not supported."""
-    path = os.path.expanduser(path)
+    path = expand(path, "model.init_from")
     return RunSource(path, overrides) if runs.is_run(path) else ForeignSource(foreign(path), overrides)
 
 
@@ -215,7 +216,7 @@ def new_folder(path: str) -> Iterator[str]:
     Raises:
         Refused: something is there already.
     """
-    path = os.path.abspath(os.path.expanduser(path))
+    path = os.path.abspath(expand(path, "OUT"))
     if os.path.exists(path) and (not os.path.isdir(path) or os.listdir(path)):
         raise Refused(f"{path}: something is there already: choose another place or remove it")
     os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -243,7 +244,7 @@ def import_model(found: Weights, out: str, overrides: Sequence[str] = ()) -> sch
     weights.check(found)
     with new_folder(out) as draft:
         tokenizer = found.save_tokenizer(os.path.join(draft, "tokenizer"))
-        config = foreign_config(found.model, overrides, os.path.join(os.path.abspath(os.path.expanduser(out)), "tokenizer"))
+        config = foreign_config(found.model, overrides, os.path.join(os.path.abspath(expand(out, "OUT")), "tokenizer"))
         program = runs.open_program(config)
         described = states.stack({"model": program.state.model})
         leaves, tree = jax.tree_util.tree_flatten_with_path(described["model"])
