@@ -15,8 +15,10 @@ from typing import Any
 
 import yaml
 
-from maxtrain.config import files, keys
+from maxtrain.config import keys
 from maxtrain.config.errors import Refused
+from maxtrain.config.paths import expand
+from maxtrain.config.regular_file import read_bytes
 
 COMMAND_LINE = "command line"
 WORDS: dict[str, Any] = (
@@ -128,14 +130,11 @@ def merge(low: Entry, high: Entry) -> Entry:
 
 def _text(path: str, cited: str) -> str:
     try:
-        data = files.read_regular(path, MAX_BYTES)
-    except OSError as error:
+        data = read_bytes(path, MAX_BYTES)
+    except Refused as refusal:
         folder, name = os.path.split(path)
-        missing = isinstance(error, FileNotFoundError) and os.path.isdir(folder or ".")
-        near = keys.did_you_mean(name, os.listdir(folder or ".")) if missing else ""
-        raise Refused(f"{cited}{path}: {error.strerror}{near}") from None
-    except ValueError as error:  # a NUL in the path; `Refused` is one too
-        raise Refused(f"{cited}{error if isinstance(error, Refused) else f'{path!r}: {error}'}") from None
+        missing = "\0" not in path and not os.path.lexists(path) and os.path.isdir(folder or ".")
+        raise Refused(f"{cited}{refusal}{keys.did_you_mean(name, os.listdir(folder or '.')) if missing else ''}") from None
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -168,7 +167,7 @@ def _read_file(path: str, above: Sequence[str], cited: str, taken: list[str]) ->
     for item in (include.value if isinstance(include.value, list) else [include]) if include else ():
         if not isinstance(item.value, str):
             raise Refused(f"{item.origin}: include must be a file name or a list of file names")
-        target = os.path.join(os.path.dirname(path), files.expand(item.value, f"{item.origin}: include"))
+        target = os.path.join(os.path.dirname(path), expand(item.value, f"{item.origin}: include"))
         result = merge(result, _read_file(os.path.normpath(target), (*above, path), f"{item.origin}: include: ", taken))
     return merge(result, tree)
 

@@ -11,12 +11,12 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from maxtrain.config import files
 from maxtrain.config.data import Data, Source, Tokenizer
 from maxtrain.config.mla import Mla
 from maxtrain.config.model import Model, Slot
 from maxtrain.config.moe import Moe
 from maxtrain.config.mtp import Mtp
+from maxtrain.config.paths import expand
 from maxtrain.config.rope import Rope, RopeScaling
 from maxtrain.config.section import (
     MAX_INT,
@@ -77,7 +77,7 @@ class Run(Section):
     @property
     def folder(self) -> str:
         """The run's folder as a path."""
-        return files.expand(self.dir, "run.dir") if self.dir else f"runs/{self.name}"
+        return expand(self.dir, "run.dir") if self.dir else f"runs/{self.name}"
 
 
 MeshAxis = Literal["stage", "data", "fsdp", "expert", "context", "tensor"]  # the busier an axis, the closer its devices: tensor last

@@ -38,7 +38,7 @@ def _check_path(path: str) -> str:
 
 Strings = Annotated[tuple[str, ...], BeforeValidator(freeze)]
 Path = Annotated[str, AfterValidator(_check_path)]
-"""A path as it was written; `files.expand` gives the one that can be opened."""
+"""A path as it was written; `paths.expand` gives the one that can be opened."""
 PositiveInt = Annotated[int, Field(ge=1, le=MAX_INT)]
 NonNegativeInt = Annotated[int, Field(ge=0, le=MAX_INT)]
 NumBytes = Annotated[int, Field(ge=1, lt=2**63)]

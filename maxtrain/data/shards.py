@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from maxtrain.config.files import expand
+from maxtrain.config.paths import expand
 from maxtrain.config.schema import Source
 from maxtrain.data import sources
 from maxtrain.data.cache import build_once, key

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from maxtrain.config.errors import Refused
-from maxtrain.config.files import expand
+from maxtrain.config.paths import expand
 from maxtrain.config.schema import Source
 from maxtrain.data.cache import key
 

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer as Backend
 
 from maxtrain.config import schema
 from maxtrain.config.errors import Refused
-from maxtrain.config.files import expand
+from maxtrain.config.paths import expand
 from maxtrain.data import chat, sources
 from maxtrain.data.cache import build_once, key
 

@@ -16,8 +16,9 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 
-from maxtrain.config import files, schema
+from maxtrain.config import schema
 from maxtrain.config.errors import Refused
+from maxtrain.config.paths import expand
 from maxtrain.parallel import context
 from maxtrain.parallel.pipeline import timetable
 from maxtrain.parallel.sharding import Layout
@@ -64,7 +65,7 @@ def _compile_cache(run: schema.Run) -> str | None:
     if run.compile_cache is None:
         return None
     try:
-        return files.expand(run.compile_cache, "run.compile_cache")
+        return expand(run.compile_cache, "run.compile_cache")
     except Refused:
         if "compile_cache" in run.changed:
             raise

@@ -24,7 +24,7 @@ from maxtrain.checkpoint.orbax import Checkpointer
 from maxtrain.checkpoint.weights import Weights
 from maxtrain.config import dump, load, schema
 from maxtrain.config.errors import Refused
-from maxtrain.config.files import expand
+from maxtrain.config.paths import expand
 from maxtrain.data.tokenizer import ByteTokenizer, Tokenizer, load_saved
 from maxtrain.models.families.family import function
 from maxtrain.ops.attention import Context

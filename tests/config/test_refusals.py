@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from maxtrain.config import Refused, files, keys, load
+from maxtrain.config import Refused, keys, load
+from maxtrain.config.paths import expand
 
 MOE = "model: {slots: {layer: {feed_forward: moe}}, moe: {num_experts: 8, experts_per_token: 2, mlp: 8, @}}"
 BROKEN = [
@@ -138,13 +139,13 @@ BROKEN = [
     ("[" * 5000, "run.yml:1: nested more than 30 levels deep"),
     (b"run:\n  name: caf\xe9", "run.yml:2: not UTF-8 text"),
     # includes
-    ("train: {}\ninclude: basis.yml", "run.yml:2: include: basis.yml: No such file or directory; did you mean base.yml?"),
+    ("train: {}\ninclude: basis.yml", "run.yml:2: include: basis.yml: cannot be read: No such file or directory; did you mean base.yml?"),
     ("include: [base.yml, 3]", "run.yml:1: include must be a file name or a list of file names"),
     ("include:", "run.yml:1: include must be a file name or a list of file names"),
     ("include: run.yml", "run.yml:1: include: the files include each other in a circle: run.yml -> run.yml"),
     ("include: there.yml", "there.yml:1: include: the files include each other in a circle: run.yml -> there.yml -> run.yml"),
     ("include: wrong.yml", "wrong.yml:2: train.steps: abc is refused"),
-    ("include: .", "run.yml:1: include: .: Is a directory"),
+    ("include: .", "run.yml:1: include: .: it is a folder"),
 ]
 OTHERS = {"base.yml": "train: {seed: 1}", "there.yml": "include: run.yml", "wrong.yml": "train:\n  steps: abc"}
 BROKEN_OVERRIDES = [
@@ -206,7 +207,7 @@ def test_all_clashes_between_sections_are_reported_at_once():
 
 
 @pytest.mark.parametrize(
-    ("path", "message"), [("bse.yml", "did you mean base.yml?"), (".", "Is a directory"), ("no/x.yml", "No such file")]
+    ("path", "message"), [("bse.yml", "did you mean base.yml?"), (".", "it is a folder"), ("no/x.yml", "No such file")]
 )
 def test_path_that_is_no_file_is_refused(folder, path, message):
     with pytest.raises(Refused) as refusal:
@@ -268,9 +269,9 @@ def test_what_no_config_is_is_refused_at_once(folder):
     (folder / "long.yml").write_text("? " + "k" * 500_000 + "\n: 1")
     start = time.process_time()
     for name, message in {
-        "fifo.yml": "fifo.yml: not a regular file",
-        "/dev/zero": "/dev/zero: not a regular file",
-        "large.yml": "larger than the 1 MiB",
+        "fifo.yml": "fifo.yml: it is a fifo, a regular file is expected",
+        "/dev/zero": "/dev/zero: it is a device",
+        "large.yml": "more than 1,048,576 bytes",
         "run25.yml": "more than 200 files are included",
         "many.yml": "... and 1980 more",
         "long.yml": "unknown key",
@@ -287,4 +288,4 @@ def test_home_that_is_unknown_is_refused(monkeypatch):
     with pytest.raises(Refused, match=re.escape("run.dir: ~/x: the home folder is unknown (HOME is not set)")):
         _ = config.run.folder
     with pytest.raises(Refused, match="there is no user 'nobody-of-this-name'"):
-        files.expand(config.data.cache_dir, "data.cache_dir")
+        expand(config.data.cache_dir, "data.cache_dir")
