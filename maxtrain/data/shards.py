@@ -22,10 +22,10 @@ from maxtrain.config.paths import expand
 from maxtrain.config.schema import Source
 from maxtrain.data import sources
 from maxtrain.data.cache import build_once, key
+from maxtrain.data.documents import CHUNK, AnyDocument, LargeDocument
 from maxtrain.data.tokenizer import Tokenizer
 
 FORMAT = 1
-CHUNK = 2**20  # characters tokenised together
 SHOW_AFTER = 2.0  # seconds of preparation before progress is shown
 
 
@@ -73,46 +73,72 @@ class Shard:
 
 def prepare(name: str, source: Source, tokenizer: Tokenizer, cache_dir: str) -> Shard:
     """The shard of `source`, made if `cache_dir` does not hold it; `name` is for the progress line. Bad data is `Refused`."""
+    for note in sources.notes(source):
+        print(f"note: {name}: {note}", file=sys.stderr)
     made_of = key(FORMAT, sources.fingerprint(source, cache_dir), tokenizer.fingerprint)
     return build_once(Path(expand(cache_dir, "data.cache_dir")) / "shards" / made_of, Shard.find, partial(_write, name, source, tokenizer))
 
 
 def _write(name: str, source: Source, tokenizer: Tokenizer, folder: Path) -> None:
-    """Tokenise in the source's order, then copy the documents in a shuffled one; only the index is ever in memory."""
+    """Tokenise in the source's order, then copy the documents in a shuffled one; only the index and a few chunks are ever in memory."""
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     lengths, num_bytes = array("q"), 0
     with open(folder / "unshuffled", "wb") as file:
-        for texts in _chunks(_shown(sources.documents(source), name)):
-            num_bytes += sum(len(text.encode()) for text in texts)
-            for ids in tokenizer.encode_batch(texts):
-                np.concatenate([[tokenizer.bos_id], ids, [tokenizer.eos_id]]).astype(dtype).tofile(file)
-                lengths.append(len(ids) + 2)
+        for documents in _batches(_shown(sources.documents(source), name)):
+            num_bytes += sum(document.num_bytes for document in documents)
+            for ids in _encoded(documents, tokenizer, name):
+                lengths.append(0)
+                for part in (np.array([tokenizer.bos_id]), *ids, np.array([tokenizer.eos_id])):
+                    file.write(part.astype(dtype).tobytes())
+                    lengths[-1] += len(part)
     ends = np.cumsum(lengths)
     order = np.random.default_rng(0).permutation(len(ends))
-    unshuffled = np.asarray(np.memmap(folder / "unshuffled", dtype, "r"))
-    with open(folder / "tokens", "wb") as file:
+    with open(folder / "unshuffled", "rb") as unshuffled, open(folder / "tokens", "wb") as file:
         for i in order:
-            unshuffled[ends[i] - lengths[i] : ends[i]].tofile(file)
+            unshuffled.seek(int(ends[i] - lengths[i]) * dtype.itemsize)
+            left = lengths[i] * dtype.itemsize
+            while left:
+                left -= file.write(unshuffled.read(min(left, CHUNK)))
     (folder / "unshuffled").unlink()
     np.concatenate([[0], np.cumsum(np.array(lengths)[order])]).astype(np.int64).tofile(folder / "offsets")
     meta = {"dtype": dtype.name, "num_tokens": int(ends[-1]), "num_documents": len(ends), "num_bytes": num_bytes}
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
-def _chunks(documents: Iterable[sources.Document]) -> Iterator[list[str]]:
-    texts: list[str] = []
+def _encoded(documents: list[AnyDocument], tokenizer: Tokenizer, name: str) -> Iterator[Iterable[np.ndarray]]:
+    """Token ids of each document in parts: short ones are tokenised together, a long one by itself, in pieces."""
+    if len(documents) > 1 or not _is_long(documents[0]):
+        yield from ([ids] for ids in tokenizer.encode_batch([document.text for document in documents]))
+        return
+
+    def grown(size: int) -> None:
+        print(f"note: {name}: {documents[0].name}: no place to cut in {size:,} characters, so more are tokenised at once", file=sys.stderr)
+
+    yield tokenizer.encode_long(documents[0].chunks(), grown)
+
+
+def _is_long(document: AnyDocument) -> bool:
+    return isinstance(document, LargeDocument) or len(document.text) > CHUNK
+
+
+def _batches(documents: Iterable[AnyDocument]) -> Iterator[list[AnyDocument]]:
+    """Short documents that have `CHUNK` characters together, and long ones each by itself, in order."""
+    batch: list[AnyDocument] = []
     size = 0
     for document in documents:
-        texts.append(document.text)
-        size += len(document.text)
-        if size > CHUNK:
-            yield texts
-            texts, size = [], 0
-    if texts:
-        yield texts
+        if batch and (size > CHUNK or _is_long(document)):
+            yield batch
+            batch, size = [], 0
+        if _is_long(document):
+            yield [document]
+        else:
+            batch.append(document)
+            size += len(document.text)
+    if batch:
+        yield batch
 
 
-def _shown(documents: Iterable[sources.Document], name: str) -> Iterator[sources.Document]:
+def _shown(documents: Iterable[AnyDocument], name: str) -> Iterator[AnyDocument]:
     """`documents`, with a progress line on a terminal when they take long."""
     columns = (SpinnerColumn(), TextColumn(f"preparing {name}"), DownloadColumn(), TimeElapsedColumn())
     progress = Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
@@ -123,6 +149,6 @@ def _shown(documents: Iterable[sources.Document], name: str) -> Iterator[sources
             if time.monotonic() - begin > SHOW_AFTER:
                 progress.start()
             yield document
-            progress.advance(task, len(document.text))
+            progress.advance(task, document.num_bytes)
     finally:
         progress.stop()

@@ -20,6 +20,7 @@ from maxtrain.config.errors import Refused
 from maxtrain.config.paths import expand
 from maxtrain.data import chat, sources
 from maxtrain.data.cache import build_once, key
+from maxtrain.data.pieces import Cutter
 
 BOS, EOS = "<|bos|>", "<|eos|>"
 # The pre-tokenisation of GPT-4 but for two things: digits stand alone, so that numbers are split the same way everywhere; punctuation
@@ -65,6 +66,13 @@ class Tokenizer:
         """`encode` of each text."""
         raise NotImplementedError
 
+    def encode_long(self, chunks: Iterable[str], grown: Callable[[int], None]) -> Iterator[np.ndarray]:
+        """`encode` of the text that the chunks make together, in parts, without the whole text in memory where that can be.
+
+        `grown` is called with the number of characters that are held, where more are needed to find a place to cut.
+        """
+        yield self.encode("".join(chunks))
+
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a text to go on from: with the special tokens that documents begin with, and no others."""
         return [self.bos_id, *map(int, self.encode(text))]
@@ -93,6 +101,9 @@ class ByteTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
+
+    def encode_long(self, chunks: Iterable[str], grown: Callable[[int], None]) -> Iterator[np.ndarray]:
+        return map(self.encode, chunks)
 
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(i for i in ids if i < 256).decode(errors="replace")
@@ -135,6 +146,9 @@ class JsonTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.array(item.ids, np.int32) for item in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_long(self, chunks: Iterable[str], grown: Callable[[int], None]) -> Iterator[np.ndarray]:
+        return Cutter(self._text).encode(chunks, grown)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
@@ -229,8 +243,8 @@ def _training_text(training: Mapping[str, schema.Source], limit: int) -> Iterato
     total = sum(source.weight for source in training.values())
     for _, source in sorted(training.items()):
         left = int(limit * source.weight / total)
-        for document in sources.documents(source):
-            data = document.text.encode()[:left]
+        for text in (text for document in sources.documents(source) for text in document.whole_or_chunks()):
+            data = text.encode()[:left]
             yield data.decode(errors="ignore")
             left -= len(data)
             if not left:
