@@ -35,7 +35,8 @@ def _import(opener: str) -> Callable[[str, str, Arguments, Sequence[str]], str]:
         from maxtrain.checkpoint import gguf, huggingface
         from maxtrain.training import pretrained
 
-        found = huggingface.Folder(source) if opener == "from-hf" else gguf.File(source)
+        ignore, overrides = pretrained.ignored_fields(overrides)
+        found = huggingface.Folder(source, ignore) if opener == "from-hf" else gguf.File(source, ignore)
         pretrained.import_model(found, out, overrides)
         count = sum(math.prod(shape) for shape in found.shapes.values())
         return f"{out}: {found.family.model_type}, {count:,} numbers in {len(found.shapes)} tensors"
