@@ -8,6 +8,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,12 +23,14 @@ from maxtrain.config.json_file import read_object
 from maxtrain.data import tokenizer
 from maxtrain.models import families
 from maxtrain.models.families import Family, wrapper
+from maxtrain.models.families.family import function
 from maxtrain.models.families.rows import EMBEDDING, HEAD
 
 LOG = logging.getLogger("maxtrain")
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 SHARD_BYTES = 5_000_000_000
+PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")  # of images and sound in wrappers
 
 
 # ------------------------------------------------------------------------------------------------------ quantised
@@ -112,6 +115,9 @@ class Folder:
         self.config = read_object(cited)
         self.family, self.model = families.read(self.config, cited, ignore)
         self._files = _tensors(self.path)
+        self._tell_other_weights()
+        self.names: wrapper.Names | None = None  # of the language model's tensors in a wrapper
+        self.others: dict[str, Tensor] = {}
         weights.check_count(self.model, len(self._files), self.place)
         if wrapper.section_of(self.config) is not None:
             self._unwrap()
@@ -136,16 +142,39 @@ class Folder:
             LOG.warning(f"{self.place}: {HEAD} is not {EMBEDDING}, as tie_word_embeddings says: it is taken as a head of its own")
             self.model = self.model.model_copy(update={"tie_embeddings": False})
 
+    def _tell_other_weights(self) -> None:
+        """Refuse an adapter, which changes what the model computes, and tell weights that are not read."""
+        if (self.path / ADAPTER).exists():
+            raise Refused(f"{self.path / ADAPTER}: an adapter (LoRA) belongs to this model: merge it into the weights, or remove its files")
+        read = {os.path.basename(tensor.path) for tensor in self._files.values()}
+        kinds = ("*.safetensors", "*.gguf", *PICKLES)
+        others = sorted({path.name for kind in kinds for path in self.path.glob(kind)} - read)
+        if others:
+            LOG.warning(f"{self.place}: weights that are not read: {', '.join(others)}")
+
     def _unwrap(self) -> None:
         """Take the language model's tensors alone, and tell which others there are."""
-        own = wrapper.canonical(self._files, self.place)
-        others = Counter(_beginning(name) for name in self._files.keys() - set(own.values()))
-        self._files = {name: self._files[there] for name, there in own.items()}
-        if others:
-            told = ", ".join(f"{count} of {name}" for name, count in sorted(others.items()))
+        self.names = wrapper.names_among(self._files, self.place)
+        inner = {name: self.names.inner(name) for name in self._files}
+        self.others = {name: tensor for name, tensor in self._files.items() if inner[name] is None}
+        self._files = {own: self._files[name] for name, own in inner.items() if own is not None}
+        if self.others:
+            parts = Counter(map(_beginning, self.others))
+            told = ", ".join(f"{count} of {name}" for name, count in sorted(parts.items()))
             LOG.warning(
                 f"{self.place}: of this {self.config.get('model_type')} the language model is read; left out are the tensors {told}"
             )
+
+    def check_inside(self, model: schema.Model) -> wrapper.Names:
+        """What this wrapper calls the tensors of its language model; `Refused` if there is none, or it is not of the kind of `model`."""
+        if self.names is None:
+            raise Refused(f"{self.place}: it is no wrapper around a language model: there is nothing to write the model into")
+        here, given = function(self.model), function(model)
+        wrong = [key for key in here | given if here.get(key) != given.get(key) and key not in ("max_length", "tie_embeddings")]
+        if wrong:
+            lines = [f"  {key}: {given.get(key)!r:.100} in the model, {here.get(key)!r:.100} here" for key in wrong]
+            raise Refused(f"{self.place}: the language model in it is another one:\n" + "\n".join(lines))
+        return self.names
 
     def _leave_out_predictors(self) -> None:
         """Leave out, and tell, layers of multi-token prediction behind the last where the config says that there are none."""
@@ -271,6 +300,7 @@ def write(
     dtype: str = "float32",
     family: str | None = None,
     shard_bytes: int = SHARD_BYTES,
+    around: Folder | None = None,
 ) -> dict[str, Any]:
     """Write config.json and weights, a tensor at a time, into a folder that exists; returns the config.
 
@@ -281,30 +311,41 @@ def write(
         dtype: format of the weights.
         family: model type of the config; the first that fits when None.
         shard_bytes: most bytes of a file, but for a single tensor that is larger.
+        around: a wrapper whose language model this one replaces; all else that is in it is written too, as it is.
 
     Raises:
-        Refused: no family of Hugging Face describes this model.
+        Refused: no family of Hugging Face describes this model; or it is not the one that the wrapper holds.
     """
-    chosen, config = families.of_model(model, family)
+    chosen, config = families.of_model(model, family if around is None else around.family.model_type)
     kind = np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
-    shapes = weights.saved_shapes(model, chosen)
+    shapes, tensors = weights.saved_shapes(model, chosen), weights.save(model, chosen, read)
+    kinds = dict.fromkeys(shapes, kind)
+    config = {**config, "dtype": dtype}
+    if around is not None:
+        names = around.check_inside(model)
+        shapes = {names.outer(name): shape for name, shape in shapes.items()} | {name: t.shape for name, t in around.others.items()}
+        kinds = dict.fromkeys(shapes, kind) | {name: tensor.dtype for name, tensor in around.others.items()}
+        inner, others = tensors, around.others
+        tensors = chain(((names.outer(name), array) for name, array in inner), ((name, tensor.read()) for name, tensor in others.items()))
+        config = wrapper.wrapped(around.config, config)
+        for name in PROCESSORS:
+            if (around.path / name).is_file():
+                shutil.copyfile(around.path / name, os.path.join(folder, name))
     files: list[dict[str, tuple[int, ...]]] = [{}]
     filled = 0
     for name, shape in shapes.items():
-        size = math.prod(shape) * kind.itemsize
+        size = math.prod(shape) * kinds[name].itemsize
         if files[-1] and filled + size > shard_bytes:
             files.append({})
             filled = 0
         files[-1][name] = shape
         filled += size
-    names = [SINGLE] if len(files) == 1 else [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
-    tensors = weights.save(model, chosen, read)
-    for name, part in zip(names, files, strict=True):
-        safetensors.write(os.path.join(folder, name), part, kind, (next(tensors) for _ in part))
+    paths = [SINGLE] if len(files) == 1 else [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
+    for name, part in zip(paths, files, strict=True):
+        safetensors.write(os.path.join(folder, name), part, kinds, (next(tensors) for _ in part))
     if len(files) > 1:
-        where = {tensor: name for name, part in zip(names, files, strict=True) for tensor in part}
-        total = sum(math.prod(shape) for shape in shapes.values()) * kind.itemsize
+        where = {tensor: name for name, part in zip(paths, files, strict=True) for tensor in part}
+        total = sum(math.prod(shape) * kinds[name].itemsize for name, shape in shapes.items())
         Path(folder, INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=1))
-    config = {**config, "dtype": dtype}
     Path(folder, "config.json").write_text(json.dumps(config, indent=2))
     return config

@@ -138,12 +138,20 @@ def _entry(path: str, name: str, entry: Mapping[str, Any], base: int, size: int)
 def write(
     path: str | os.PathLike[str], shapes: Mapping[str, tuple[int, ...]], dtype: Any, tensors: Iterable[tuple[str, np.ndarray]]
 ) -> None:
-    """Write tensors of one format to a file, each as it comes; `tensors` yields every name of `shapes`, in any order."""
-    dtype, header, places, end = np.dtype(dtype), dict[str, Any](), dict[str, int](), 0
+    """Write tensors to a file, each as it comes.
+
+    Args:
+        path: the file.
+        shapes: shape of each tensor by name, in the order in which they will lie in the file.
+        dtype: the format of all, or of each by name.
+        tensors: every name of `shapes` with its array, in any order.
+    """
+    dtypes = {name: np.dtype(dtype[name] if isinstance(dtype, Mapping) else dtype) for name in shapes}
+    header, places, end = dict[str, Any](), dict[str, int](), 0
     header["__metadata__"] = {"format": "pt"}  # transformers asks for it
     for name, shape in shapes.items():
-        size = math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [end, end + size]}
+        size = math.prod(shape) * dtypes[name].itemsize
+        header[name] = {"dtype": NAMES[dtypes[name]], "shape": list(shape), "data_offsets": [end, end + size]}
         places[name] = end
         end += size
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -153,5 +161,5 @@ def write(
         for name, array in tensors:
             assert array.shape == shapes[name], (name, array.shape, shapes[name])
             file.seek(8 + len(text) + places.pop(name))
-            file.write(np.ascontiguousarray(array, dtype).view(np.uint8).reshape(-1).data)
+            file.write(np.ascontiguousarray(array, dtypes[name]).view(np.uint8).reshape(-1).data)
         assert not places, f"not written: {sorted(places)}"

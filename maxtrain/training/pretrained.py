@@ -276,7 +276,9 @@ def import_model(found: Weights, out: str, overrides: Sequence[str] = ()) -> sch
     return config
 
 
-def export_model(path: str, out: str, *, family: str | None = None, dtype: str | None = None) -> Mapping[str, Any]:
+def export_model(
+    path: str, out: str, *, family: str | None = None, dtype: str | None = None, around: huggingface.Folder | None = None
+) -> Mapping[str, Any]:
     """Write a run's model as a folder in Hugging Face's format; returns its config.json.
 
     Args:
@@ -284,6 +286,7 @@ def export_model(path: str, out: str, *, family: str | None = None, dtype: str |
         out: the folder to make.
         family: model type to write; the first that describes the model when None.
         dtype: format of the weights; the one they are kept in when None.
+        around: a folder in which this language model is a part; all else in it is written too, as it is.
 
     Raises:
         Refused: no family of Hugging Face describes the model, or `out` is taken.
@@ -297,7 +300,8 @@ def export_model(path: str, out: str, *, family: str | None = None, dtype: str |
             stack, index = stacked_name(name)
             return flat[name] if name in flat else flat[stack][index]
 
-        config = huggingface.write(draft, source.model, read, dtype=dtype or source.config.precision.params, family=family)
+        kept = source.config.precision.params
+        config = huggingface.write(draft, source.model, read, dtype=dtype or kept, family=family, around=around)
         if source.save_tokenizer(draft) and source.tokenizer is not None:
             config |= {"bos_token_id": source.tokenizer.bos_id, "eos_token_id": source.tokenizer.eos_id}
             Path(draft, "config.json").write_text(json.dumps(config, indent=2))

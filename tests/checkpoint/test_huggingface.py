@@ -120,6 +120,17 @@ def test_a_tensor_in_two_files(tmp_path):
         huggingface.Folder(tmp_path / "m")
 
 
+def test_other_weights_in_the_folder(tmp_path, caplog):
+    make_folder(tmp_path / "m")
+    for name in ("consolidated.safetensors", "pytorch_model.bin"):
+        (tmp_path / "m" / name).write_bytes(b"")
+    huggingface.Folder(tmp_path / "m")
+    assert "weights that are not read: consolidated.safetensors, pytorch_model.bin" in caplog.records[-1].message
+    (tmp_path / "m" / "adapter_config.json").write_text("{}")
+    with pytest.raises(Refused, match="adapter"):
+        huggingface.Folder(tmp_path / "m")
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision(dtype, tmp_path):
     want = make_folder(tmp_path / "m", dtype=dtype)

@@ -3,7 +3,8 @@
 The language model alone is read; with text it computes what the whole model does.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from maxtrain.config.errors import Refused
@@ -81,7 +82,7 @@ def language_model(config: Mapping[str, Any], place: str) -> dict[str, Any]:
     if section is None:
         return dict(config)
     kind = config.get("model_type")
-    if kind in OTHERWISE:
+    if isinstance(kind, str) and kind in OTHERWISE:
         raise Refused(
             f"{place}: model_type = {kind!r} is not supported: it sees a prompt from both sides, the language model in it does not"
         )
@@ -98,19 +99,45 @@ def language_model(config: Mapping[str, Any], place: str) -> dict[str, Any]:
     }
 
 
-def canonical(names: Iterable[str], place: str) -> dict[str, str]:
-    """The language model's tensors among those of a wrapper: the name each has in a language model of its own, and the one it has here.
+@dataclass(frozen=True)
+class Names:
+    """What the tensors of the language model are called in a wrapper."""
+
+    body: str
+    """Beginning of all but the head's: `language_model.model.` in published files, `model.language_model.` in those of transformers 5."""
+    head: str
+
+    def outer(self, name: str) -> str:
+        """The name here of a tensor by its name in a language model of its own."""
+        return self.head if name == HEAD else self.body + name.removeprefix("model.")
+
+    def inner(self, name: str) -> str | None:
+        """The inverse of `outer`; None for what is no part of the language model."""
+        if name == self.head:
+            return HEAD
+        return "model." + name.removeprefix(self.body) if name.startswith(self.body) else None
+
+
+def names_among(tensors: Collection[str], place: str) -> Names:
+    """What a wrapper with these tensors calls those of its language model.
 
     Raises:
-        Refused: there is none, or more than one.
+        Refused: there is none among them, or more than one.
     """
-    names, ending = list(names), EMBEDDING.removeprefix("model.")
-    found = [name for name in names if name.endswith(ending) and ".layers." not in name]
+    ending = EMBEDDING.removeprefix("model.")
+    found = [name for name in tensors if name.endswith(ending) and ".layers." not in name]
     if len(found) != 1:
         many = f"{', '.join(found[:4])} could be it" if found else f"no tensor ends with {ending}"
         raise Refused(f"{place}: the language model of the wrapper is not found in its tensors: {many}")
-    body = found[0].removesuffix(ending)  # language_model.model. in published files, model.language_model. in those of transformers 5
-    inside = body.removesuffix("model.") + HEAD
-    head = inside if inside in names else HEAD
-    own = {"model." + name.removeprefix(body): name for name in names if name.startswith(body)}
-    return own | ({HEAD: head} if head in names else {})
+    body = found[0].removesuffix(ending)
+    within = body.removesuffix("model.") + HEAD
+    return Names(body, within if within in tensors or body.endswith(".model.") else HEAD)
+
+
+def wrapped(config: Mapping[str, Any], inner: Mapping[str, Any]) -> dict[str, Any]:
+    """A wrapper's config with another one of its language model, whose weights are not quantised."""
+    section = section_of(config)
+    assert section is not None
+    own = {name: value for name, value in inner.items() if name not in ("architectures", "dtype")}
+    outer = {name: value for name, value in config.items() if name not in ("torch_dtype", "quantization_config")}
+    return {**outer, section: own, "dtype": inner["dtype"], "tie_word_embeddings": inner["tie_word_embeddings"]}
