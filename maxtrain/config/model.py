@@ -127,6 +127,8 @@ class Model(Section):
             if rope.width(width) % 2 or not rope.width(width):
                 share = f"{rope.fraction:g} (rope.fraction) of {'mla.rope_dim' if self.mla else 'the head width'} {width}"
                 raise ValueError(f"rotary embedding turns pairs: {share} must be even and above 0")
+            if rope.scaling and rope.scaling.kind == "dynamic" and rope.width(width) < 4:
+                raise ValueError(f"rope.scaling.kind: dynamic needs two pairs at least: {rope.width(width)} elements are rotated")
             factors = rope.scaling.short_factors if rope.scaling else ()
             if factors and 2 * len(factors) != rope.width(width):
                 raise ValueError(f"rope.scaling has factors for {len(factors)} pairs, {rope.width(width) // 2} are rotated")
@@ -167,9 +169,9 @@ class Model(Section):
 
     @property
     def served_length(self) -> int:
-        """Longest context whose keys stay as they are while it grows: longrope turns those of a longer document anew."""
+        """Longest context whose keys stay as they are while it grows: some ropes turn those of a longer document anew."""
         ropes = [self.slots[kind].rope or self.rope for kind in dict.fromkeys(self.kinds)]
-        return min([self.max_length, *(r.scaling.original_length for r in ropes if r.scaling and r.scaling.kind == "longrope")])
+        return min([self.max_length, *(r.scaling.original_length for r in ropes if r.scaling and r.scaling.by_length)])
 
     @property
     def trained_kinds(self) -> tuple[str, ...]:

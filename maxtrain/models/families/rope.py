@@ -93,12 +93,24 @@ def _write_longrope(scaling: schema.RopeScaling) -> dict[str, Any]:
     }
 
 
+def _read_dynamic(rope: Fields, config: Fields) -> schema.RopeScaling:
+    length = config.need("max_position_embeddings", least=1)
+    if rope.get("original_max_position_embeddings", length) != length:
+        raise Refused(f"{rope.place}: original_max_position_embeddings is of no effect in dynamic: only {length} (max_position_embeddings)")
+    return schema.RopeScaling(kind="dynamic", factor=rope.need("factor", float, least=1), original_length=length)
+
+
+def _write_dynamic(scaling: schema.RopeScaling) -> dict[str, Any]:
+    return {"rope_type": "dynamic", "factor": scaling.factor}
+
+
 SCALINGS: Mapping[str, Scaling] = {
     "default": Scaling(lambda rope, config: None, lambda scaling: {"rope_type": "default"}),
     "linear": Scaling(
         lambda rope, config: schema.RopeScaling(kind="linear", factor=rope.need("factor", float)),
         lambda scaling: {"rope_type": "linear", "factor": scaling.factor},
     ),
+    "dynamic": Scaling(_read_dynamic, _write_dynamic),
     "llama3": Scaling(_read_llama3, _write_llama3),
     "yarn": Scaling(_read_yarn, _write_yarn),
     "longrope": Scaling(read_longrope, _write_longrope),
