@@ -109,6 +109,9 @@ class Model(Section):
     init_from: Path | None = None
     """Start from the weights of a run or checkpoint of MaxTrain, a folder of Hugging Face's or a GGUF file. Its config takes the place
     of this section if nothing else is set here, its tokenizer that of `data.tokenizer` if that is not set; otherwise they must agree."""
+    ignore_fields: Strings = ()
+    """Fields of a Hugging Face config.json, or keys of a GGUF file, that are taken as absent where a model is imported, loaded or started
+    from: for those that are unknown here and known to you not to change what it computes. Dotted within sections (`rope_scaling.name`)."""
 
     @model_validator(mode="after")
     def _check(self) -> Model:
@@ -124,11 +127,15 @@ class Model(Section):
             if rope.width(width) % 2 or not rope.width(width):
                 share = f"{rope.fraction:g} (rope.fraction) of {'mla.rope_dim' if self.mla else 'the head width'} {width}"
                 raise ValueError(f"rotary embedding turns pairs: {share} must be even and above 0")
+            if rope.scaling and rope.scaling.kind == "dynamic" and rope.width(width) < 4:
+                raise ValueError(f"rope.scaling.kind: dynamic needs two pairs at least: {rope.width(width)} elements are rotated")
             factors = rope.scaling.short_factors if rope.scaling else ()
             if factors and 2 * len(factors) != rope.width(width):
                 raise ValueError(f"rope.scaling has factors for {len(factors)} pairs, {rope.width(width) // 2} are rotated")
         if self.init_from is not None and "init_scale" in self.changed:
             raise ValueError("init_scale has no effect with init_from: remove one of them")
+        if self.ignore_fields and self.init_from is None:
+            raise ValueError("ignore_fields has no effect without init_from: remove it")
         if not self.layer_pattern:
             raise ValueError("layer_pattern is empty: name at least one slot")
         unknown = sorted({*self.prefix, *self.layer_pattern} - set(self.slots))
@@ -162,9 +169,9 @@ class Model(Section):
 
     @property
     def served_length(self) -> int:
-        """Longest context whose keys stay as they are while it grows: longrope turns those of a longer document anew."""
+        """Longest context whose keys stay as they are while it grows: some ropes turn those of a longer document anew."""
         ropes = [self.slots[kind].rope or self.rope for kind in dict.fromkeys(self.kinds)]
-        return min([self.max_length, *(r.scaling.original_length for r in ropes if r.scaling and r.scaling.kind == "longrope")])
+        return min([self.max_length, *(r.scaling.original_length for r in ropes if r.scaling and r.scaling.by_length)])
 
     @property
     def trained_kinds(self) -> tuple[str, ...]:
@@ -174,7 +181,7 @@ class Model(Section):
     @property
     def deferred(self) -> bool:
         """Whether the section is still to be taken from the config of `init_from`."""
-        return self.init_from is not None and self.changed <= {"init_from", "layers"}
+        return self.init_from is not None and self.changed <= {"init_from", "layers", "ignore_fields"}
 
     @property
     def num_periods(self) -> int:

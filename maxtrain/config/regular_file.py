@@ -2,7 +2,7 @@
 
 import os
 import stat
-from typing import BinaryIO
+from io import BufferedReader
 
 from maxtrain.config.errors import Refused
 
@@ -15,7 +15,7 @@ KINDS = {
 }
 
 
-def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
     """The file, open for reading; links are followed.
 
     Raises:
@@ -30,7 +30,7 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     if kind != stat.S_IFREG:
         os.close(descriptor)
         raise Refused(f"{os.fspath(path)}: it is {KINDS.get(kind, 'something else')}, a regular file is expected")
-    return os.fdopen(descriptor, "rb")
+    return open(descriptor, "rb")
 
 
 def read_bytes(path: str | os.PathLike[str], limit: int) -> bytes:

@@ -41,7 +41,7 @@ class Programs:
         if self.max_length > self.config.served_length:
             raise Refused(
                 f"serve.max_length={self.max_length} is longer than rope.scaling.original_length={self.config.served_length}: "
-                "longrope turns the keys of longer documents by other factors, those in the cache stay as they are"
+                "it turns the keys of longer documents by other angles, those in the cache stay as they are"
             )
         model = self.config
         if model.moe is not None:  # capacity is a matter of sequences, and a request is never to lose a token to another

@@ -23,7 +23,7 @@ from maxtrain.training.program import Program, make_program
 PACKAGES = ("maxtrain", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy", "tokenizers")
 # Keys whose change makes a checkpoint another model's or another optimizer's
 BREAKING = ("model.", "data.tokenizer.", "optimizer.kind", "precision.params", "precision.moments", "guard.window")
-HARMLESS = ("model.layers", "model.max_length", "model.init_scale", "model.init_from")
+HARMLESS = ("model.layers", "model.max_length", "model.init_scale", "model.init_from", "model.ignore_fields")
 # A finished run is opened by one process, on whatever devices it has, not on those it was trained on
 ALONE = (
     "train.attention=auto",
