@@ -17,7 +17,7 @@ PRODUCT = "product"  # what remat calls the products with weights
 
 def matmul(x: jax.Array, weight: nnx.Param, bias: nnx.Param | None = None) -> jax.Array:
     """x [..., in] times weight [in, out], plus bias [out], -> [..., out], in the format of x."""
-    y = checkpoint_name(linear(x, weight.get_value().astype(x.dtype)), PRODUCT)
+    y = checkpoint_name(linear(x, weight.get_value()), PRODUCT)
     return y if bias is None else y + bias.get_value().astype(x.dtype)
 
 
