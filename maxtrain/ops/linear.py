@@ -125,3 +125,16 @@ def _rows_backward(saved: tuple[Weight, jax.Array], dy: jax.Array) -> tuple[Weig
 
 
 rows_at.defvjp(lambda table, indices: (rows_at(table, indices), (table, indices)), _rows_backward)
+
+
+@jax.custom_vjp
+def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
+    """y [..., out] plus bias [out], in the format of y; the bias's gradient is summed in float32."""
+    return y + bias.astype(y.dtype)
+
+
+def _bias_backward(bias: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return dy, jnp.sum(dy, axis=tuple(range(dy.ndim - 1)), dtype=jnp.float32).astype(bias.dtype)
+
+
+add_bias.defvjp(lambda y, bias: (add_bias(y, bias), bias), _bias_backward)
