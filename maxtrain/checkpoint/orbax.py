@@ -20,9 +20,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from maxtrain.checkpoint.integrity import MANIFEST, damage, write_manifest
 from maxtrain.config import schema
 from maxtrain.config.errors import Refused
+from maxtrain.data.integrity import MANIFEST, damage, write_manifest
 
 ARRAYS, RECORD, NEW = "arrays", "record.json", ".new"
 
