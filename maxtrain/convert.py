@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Callable, Sequence
 
@@ -11,6 +10,7 @@ from maxtrain.config import cli
 from maxtrain.config.cli import Arguments
 from maxtrain.config.errors import Refused
 from maxtrain.config.keys import did_you_mean
+from maxtrain.config.paths import expand
 
 USAGE = """python -m maxtrain.convert VERB FROM OUT [section.key=value ...]
        from-hf DIR OUT     a folder of Hugging Face's (config.json, safetensors) to a run that train, evaluate and decode open
@@ -57,7 +57,7 @@ def _export(source: str, out: str, arguments: Arguments, overrides: Sequence[str
         raise Refused(f"{overrides[0]}: to-hf takes no config keys: the model is written as it is")
     dtype = _one(arguments, "dtype", ("float32", "bfloat16", "float16"))
     family, around = _one(arguments, "family"), _one(arguments, "around")
-    outer = None if around is None else huggingface.Folder(os.path.expanduser(around), ignore)
+    outer = None if around is None else huggingface.Folder(expand(around, "--around"), ignore)
     config = pretrained.export_model(source, out, family=family, dtype=dtype, around=outer)
     return f"{out}: {config['model_type']} in {config['dtype']}"
 

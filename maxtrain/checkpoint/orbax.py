@@ -20,9 +20,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from maxtrain.checkpoint.integrity import MANIFEST, damage, write_manifest
 from maxtrain.config import schema
 from maxtrain.config.errors import Refused
+from maxtrain.data.integrity import MANIFEST, damage, write_manifest
 
 ARRAYS, RECORD, NEW = "arrays", "record.json", ".new"
 
@@ -45,7 +45,7 @@ class Checkpointer:
         """
         if "://" in directory:
             raise Refused(f"checkpoints cannot be kept in {directory}: name a folder of a local or shared file system")
-        self._root = Path(directory).expanduser().absolute()
+        self._root = Path(directory).absolute()
         self._cfg = cfg
         self._primary = jax.process_index() == 0
         # Compressing floats saves 8% of the space and costs five times the CPU time, which training needs.

@@ -9,7 +9,8 @@ import json
 import sys
 import time
 from array import array
-from collections.abc import Iterable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -18,57 +19,93 @@ import numpy as np
 from rich.console import Console
 from rich.progress import DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from maxtrain.config.errors import Refused
 from maxtrain.config.paths import expand
 from maxtrain.config.schema import Source
 from maxtrain.data import sources
 from maxtrain.data.cache import build_once, key
 from maxtrain.data.documents import CHUNK, AnyDocument, LargeDocument
+from maxtrain.data.integrity import Mapped, read_manifest
 from maxtrain.data.tokenizer import Tokenizer
 
 FORMAT = 1
+COUNTS = ("num_tokens", "num_documents", "num_bytes")
 SHOW_AFTER = 2.0  # seconds of preparation before progress is shown
 
 
 class Shard:
     """A prepared source: `tokens` holds [bos, document, eos] for every document, in an order shuffled once and for all."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, write: Callable[[Path], None] | None = None) -> None:
+        """`write` makes the same folder anew, which is done when a damaged block is found.
+
+        Raises:
+            OSError: a file is missing.
+            ValueError: the files are no shard, or not of the size they were written with.
+        """
+        self.folder, self._remake = folder, write
         self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
         self.fingerprint = folder.name
-        self.num_tokens: int = self.meta["num_tokens"]
-        self.num_documents: int = self.meta["num_documents"]
-        self.num_bytes: int = self.meta["num_bytes"]
+        self.num_tokens, self.num_documents, self.num_bytes = (_count(self.meta, name) for name in COUNTS)
+        if self.meta["dtype"] not in ("uint16", "uint32"):
+            raise ValueError(f"meta.json: dtype is {self.meta['dtype']!r}")
+        self.dtype = np.dtype(self.meta["dtype"])
+        sizes = {"tokens": self.num_tokens * self.dtype.itemsize, "offsets": (self.num_documents + 1) * 8}
+        for name, size in sizes.items():
+            if (found := (folder / name).stat().st_size) != size:
+                raise ValueError(f"{name} has {found} bytes and not {size}")
 
     def __reduce__(self) -> tuple:
-        return Shard, (self.folder,)  # another process maps the files again; a pickled map would carry the tokens
-
-    @classmethod
-    def find(cls, folder: Path) -> Shard | None:
-        """The shard in `folder`; None if there is none or its files are not the size they were written with."""
-        try:
-            shard = cls(folder)
-            sizes = [(folder / name).stat().st_size for name in ("tokens", "offsets")]
-        except (OSError, ValueError, KeyError):
-            return None
-        dtype = np.dtype(shard.meta["dtype"])
-        return shard if sizes == [shard.num_tokens * dtype.itemsize, (shard.num_documents + 1) * 8] else None
+        return Shard, (self.folder, self._remake)  # another process maps the files again; a pickled map would carry the tokens
 
     @cached_property
-    def tokens(self) -> np.ndarray:
+    def tokens(self) -> Mapped:
         """Token ids [num_tokens], uint16 or uint32, mapped."""
-        return np.asarray(np.memmap(self.folder / "tokens", self.meta["dtype"], "r"))
+        return Mapped(self.folder / "tokens", self.dtype, self._mend)
 
     @cached_property
-    def offsets(self) -> np.ndarray:
+    def offsets(self) -> Mapped:
         """Where each document begins in `tokens`, and their end [num_documents + 1] int64, mapped."""
-        return np.asarray(np.memmap(self.folder / "offsets", np.int64, "r"))
+        return Mapped(self.folder / "offsets", np.int64, self._mend)
+
+    def _mend(self, wrong: str) -> None:
+        """Make the folder anew, since a block of it is damaged; `Refused` if that does not give the same."""
+        remedy = f"remove {self.folder}, and the data is prepared as it is now"
+        if self._remake is None:
+            raise Refused(f"{self.folder}: damaged: {wrong}: {remedy}")
+        before = read_manifest(self.folder)
+        build_once(self.folder, Shard, self._remake, whole=True)
+        if read_manifest(self.folder) != before:
+            raise Refused(f"{self.folder}: damaged: {wrong}; what it was made of has changed since: {remedy}")
+
+    def check(self, vocab_size: int) -> list[str]:
+        """What cannot be in a shard of a tokenizer of this size: documents out of order, ids beyond the vocabulary."""
+        offsets, tokens = self.offsets, self.tokens
+        if (offsets[0], offsets[-1]) != (0, self.num_tokens):
+            return [f"offsets go from {offsets[0]} to {offsets[-1]}, not from 0 to {self.num_tokens}"]
+        if not all((np.diff(offsets[i : i + CHUNK + 1]) > 0).all() for i in range(0, self.num_documents, CHUNK)):
+            return ["offsets do not increase"]
+        largest = max(int(tokens[i : i + CHUNK].max()) for i in range(0, self.num_tokens, CHUNK))
+        return [f"a token is {largest}, the vocabulary has {vocab_size}"] if largest >= vocab_size else []
 
     def window(self, start: int, size: int) -> tuple[np.ndarray, np.ndarray]:
         """`size` tokens [size] int32 from `start` on, taking the shard as a ring, and which of them begin a document [size] bool."""
-        index = np.arange(start, start + size) % self.num_tokens
-        begins = self.offsets[np.searchsorted(self.offsets, index)] == index
-        return self.tokens[index].astype(np.int32), begins
+        tokens, begins = np.empty(size, np.int32), np.zeros(size, bool)
+        done = 0
+        while done < size:  # once round the ring, or more often
+            first = (start + done) % self.num_tokens
+            part = min(size - done, self.num_tokens - first)
+            tokens[done : done + part] = self.tokens[first : first + part]
+            begin = bisect_left(self.offsets, first)
+            begins[done + self.offsets[begin : bisect_left(self.offsets, first + part, begin)] - first] = True
+            done += part
+        return tokens, begins
+
+
+def _count(meta: dict[str, Any], name: str) -> int:
+    if type(meta[name]) is not int or meta[name] < 1:
+        raise ValueError(f"meta.json: {name} is {meta[name]!r}")
+    return meta[name]
 
 
 def prepare(name: str, source: Source, tokenizer: Tokenizer, cache_dir: str) -> Shard:
@@ -76,7 +113,9 @@ def prepare(name: str, source: Source, tokenizer: Tokenizer, cache_dir: str) -> 
     for note in sources.notes(source):
         print(f"note: {name}: {note}", file=sys.stderr)
     made_of = key(FORMAT, sources.fingerprint(source, cache_dir), tokenizer.fingerprint)
-    return build_once(Path(expand(cache_dir, "data.cache_dir")) / "shards" / made_of, Shard.find, partial(_write, name, source, tokenizer))
+    write = partial(_write, name, source, tokenizer)
+    folder = Path(expand(cache_dir, "data.cache_dir")) / "shards" / made_of
+    return build_once(folder, partial(Shard, write=write), write, lambda shard: shard.check(tokenizer.vocab_size))
 
 
 def _write(name: str, source: Source, tokenizer: Tokenizer, folder: Path) -> None:

@@ -221,7 +221,7 @@ def _huggingface(cfg: schema.Data) -> Tokenizer:
 def _bpe(cfg: schema.Data) -> Tokenizer:
     text = [(source.weight, sources.fingerprint(source, cfg.cache_dir)) for _, source in sorted(cfg.sources.items())]
     folder = Path(expand(cfg.cache_dir, "data.cache_dir")) / "tokenizers" / key(cfg.tokenizer.model_dump(), PATTERN, text)
-    return build_once(folder, lambda folder: load_saved(folder) if folder.exists() else None, partial(_train, cfg))
+    return build_once(folder, load_saved, partial(_train, cfg))
 
 
 def _train(cfg: schema.Data, folder: Path) -> None:
