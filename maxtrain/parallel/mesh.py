@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import math
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, get_args
@@ -20,11 +21,13 @@ from maxtrain.config import schema
 from maxtrain.config.errors import Refused
 from maxtrain.config.paths import expand
 from maxtrain.parallel import context
+from maxtrain.parallel.peers import JOIN_SECONDS, PEER_LOST, leave
 from maxtrain.parallel.pipeline import timetable
 from maxtrain.parallel.sharding import Layout
 
 ACCELERATORS = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin")  # packages without which jax finds CPUs only
 AXES = get_args(schema.MeshAxis)
+SHUTDOWN_SECONDS = 60  # that a process which is done waits for the others
 
 
 @functools.cache
@@ -52,12 +55,24 @@ def start(run: schema.Run, mesh: schema.Mesh) -> None:
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
     if mesh.num_processes == 1 or jax.distributed.is_initialized():
         return
-    if mesh.num_processes == "auto":
-        jax.distributed.initialize()
-    else:
-        jax.distributed.initialize(mesh.coordinator, mesh.num_processes, mesh.process_id)
-        if jax.process_count() != mesh.num_processes:
-            raise Refused(f"mesh.num_processes={mesh.num_processes}, but {jax.process_count()} processes joined")
+    # JAX's own answer to SIGTERM would take the place of ours: a run asks all its processes in every step
+    jax.config.update("jax_enable_preemption_service", False)
+    late = f"mesh.num_processes={mesh.num_processes}: not all processes came within {JOIN_SECONDS} s; start them all again"
+    timer = threading.Timer(JOIN_SECONDS, leave, (PEER_LOST, late))  # then JAX would abort with a dump
+    timer.daemon = True
+    timer.start()
+    try:
+        jax.distributed.initialize(
+            mesh.coordinator,
+            None if mesh.num_processes == "auto" else mesh.num_processes,
+            mesh.process_id,
+            initialization_timeout=JOIN_SECONDS + 30,
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+        )
+    finally:
+        timer.cancel()
+    if mesh.num_processes not in ("auto", jax.process_count()):
+        raise Refused(f"mesh.num_processes={mesh.num_processes}, but {jax.process_count()} processes joined")
 
 
 def _compile_cache(run: schema.Run) -> str | None:

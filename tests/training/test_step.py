@@ -300,9 +300,21 @@ def test_masks_are_not_kept_for_all_layers(axes):
     """Nothing that only says which token sees which is computed outside the layers: it would grow by the square of the length."""
     program = build(make_config(axes=axes, data=1, fsdp=2))
     with sharding.use(program.layout):
-        traced = jax.make_jaxpr(make_train_step(program.config, program.loss_fn))(program.state, program.batch(BATCH, LENGTH))
+        traced = jax.make_jaxpr(make_train_step(program.config, program.loss_fn))(program.state, program.batch(BATCH, LENGTH), program.stop)
     masks = [var.aval.shape for equation in traced.eqns for var in equation.outvars if var.aval.dtype == bool]
     assert max(map(math.prod, masks)) <= BATCH * LENGTH
+
+
+def test_every_device_can_ask_to_stop_and_changes_nothing_by_it():
+    program = build(make_config(data=2, fsdp=4), 2)
+    step, batch = compiled(program), put_batch(batches(1)[0], program.batch(BATCH, LENGTH), list(range(BATCH)))
+    found = {}
+    for device in (None, 0, 5):
+        asked = np.arange(8) == device
+        stop = jax.make_array_from_callback((8,), program.stop.sharding, lambda index, asked=asked: asked[index].astype(np.int32))
+        found[device] = jax.device_get(step(program.create(0), batch, stop))
+    assert [metrics.pop("stop") for _, metrics in found.values()] == [0, 1, 1]
+    assert_identical(found[None], found[5])
 
 
 def test_custom_loss():
