@@ -53,6 +53,9 @@ def harness_model(llm: LLM) -> Any:
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
             return [int(i) for i in tokenizer.encode(string)] if add_special_tokens is False else tokenizer.encode_prompt(string)
 
+        def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+            return tokenizer.encode_pair(context, continuation)
+
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **_: Any) -> list[tuple[float, bool]]:
             scores = llm.score([context for _, context, _ in requests], [rest for _, _, rest in requests], progress=not disable_tqdm)
             for score in scores:

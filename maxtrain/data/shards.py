@@ -29,7 +29,7 @@ SHOW_AFTER = 2.0  # seconds of preparation before progress is shown
 
 
 class Shard:
-    """A prepared source: `tokens` holds [bos, document, eos] for every document, in an order shuffled once and for all."""
+    """A prepared source: `tokens` holds every document between its beginning and end tokens, in an order shuffled once and for all."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -79,13 +79,14 @@ def prepare(name: str, source: Source, tokenizer: Tokenizer, cache_dir: str) -> 
 def _write(name: str, source: Source, tokenizer: Tokenizer, folder: Path) -> None:
     """Tokenise in the source's order, then copy the documents in a shuffled one; only the index is ever in memory."""
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+    begin, end = tokenizer.boundaries.document_begin, tokenizer.boundaries.document_end
     lengths, num_bytes = array("q"), 0
     with open(folder / "unshuffled", "wb") as file:
         for texts in _chunks(_shown(sources.documents(source), name)):
             num_bytes += sum(len(text.encode()) for text in texts)
             for ids in tokenizer.encode_batch(texts):
-                np.concatenate([[tokenizer.bos_id], ids, [tokenizer.eos_id]]).astype(dtype).tofile(file)
-                lengths.append(len(ids) + 2)
+                np.concatenate([begin, ids, end]).astype(dtype).tofile(file)
+                lengths.append(len(begin) + len(ids) + len(end))
     ends = np.cumsum(lengths)
     order = np.random.default_rng(0).permutation(len(ends))
     unshuffled = np.asarray(np.memmap(folder / "unshuffled", dtype, "r"))

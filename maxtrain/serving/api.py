@@ -305,16 +305,12 @@ class LLM:
         return [_score(ticket) for ticket in tickets]
 
     def _pair(self, prompt: Prompt, continuation: Prompt) -> tuple[list[int], list[int]]:
-        """Token ids of both. A text is encoded as a whole and cut where the prompt alone ends; blanks at its end go with what follows."""
+        """Token ids of both, see `Tokenizer.encode_pair`; an empty prompt is what a document begins with."""
         if isinstance(prompt, str) != isinstance(continuation, str):
             raise Refused("prompt and continuation must both be texts, or both be token ids")
         if isinstance(prompt, str) and isinstance(continuation, str):
-            stripped = prompt.rstrip()
-            tokens = self._encode(prompt + continuation)
-            cut = len(self._encode(stripped))
-        else:
-            tokens, cut = [*prompt, *continuation], len(prompt)  # type: ignore[list-item]
-        return (tokens[:cut], tokens[cut:]) if cut else ([self._known_tokenizer.bos_id], tokens)
+            return self._known_tokenizer.encode_pair(prompt, continuation)
+        return list(prompt) or self._known_tokenizer.encode_prompt(""), list(continuation)  # type: ignore[arg-type]
 
     # -------------------------------------------------------------------------------------------------- requests
 

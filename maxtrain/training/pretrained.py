@@ -286,7 +286,8 @@ def export_model(path: str, out: str, *, family: str | None = None, dtype: str |
 
         config = huggingface.write(draft, source.model, read, dtype=dtype or source.config.precision.params, family=family)
         if source.save_tokenizer(draft) and source.tokenizer is not None:
-            config |= {"bos_token_id": source.tokenizer.bos_id, "eos_token_id": source.tokenizer.eos_id}
+            ends = sorted(source.tokenizer.end_ids)
+            config |= {"bos_token_id": source.tokenizer.bos_id, "eos_token_id": ends if len(ends) > 1 else ends[0]}
             Path(draft, "config.json").write_text(json.dumps(config, indent=2))
     return config
 

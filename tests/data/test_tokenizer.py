@@ -90,10 +90,10 @@ def test_bpe_is_trained_once(tmp_path, monkeypatch):
 
 
 def test_training_text_is_shared_out_by_weight(tmp_path, monkeypatch):
-    from maxtrain.data import tokenizer
+    from maxtrain.data import bpe
 
     sources = {"a": Source(kind="synthetic", weight=3.0), "b": Source(kind="synthetic")}
-    texts = list(tokenizer._training_text(sources, 4000))
+    texts = list(bpe.training_text(sources, 4000))
     assert sum(map(len, texts)) == 4000
     start = texts.index(texts[0], 1)  # where the second source begins
     assert sum(map(len, texts[:start])) == 3000
