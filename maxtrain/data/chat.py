@@ -28,6 +28,16 @@ def _compiled(template: str) -> Template:
     return environment.from_string(template)
 
 
+def check(messages: Any) -> Sequence[Mapping[str, Any]]:
+    """The messages of a conversation; `Refused` if it is no list of messages with a role."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
+        raise Refused(f"a conversation is a list of messages with role and content, not {messages!r:.100}")
+    bad = [message for message in messages if not isinstance(message, Mapping) or not isinstance(message.get("role"), str)]
+    if bad:
+        raise Refused(f"a conversation is a list of messages with role and content, not {bad[0]!r:.100}")
+    return messages
+
+
 def render(template: str, messages: Sequence[Mapping[str, str]], *, generate: bool, **variables: Any) -> str:
     """The text of a conversation.
 
@@ -40,10 +50,7 @@ def render(template: str, messages: Sequence[Mapping[str, str]], *, generate: bo
     Raises:
         Refused: the template does not accept the messages.
     """
-    bad = [message for message in messages if not isinstance(message, Mapping) or "role" not in message]
-    if bad or not messages:
-        raise Refused(f"a conversation is a list of messages with role and content, not {bad[0] if bad else messages!r}")
     try:
-        return _compiled(template).render(messages=messages, add_generation_prompt=generate, **variables)
+        return _compiled(template).render(messages=check(messages), add_generation_prompt=generate, **variables)
     except TemplateError as error:
         raise Refused(f"the model's chat template does not accept these messages: {error}") from error

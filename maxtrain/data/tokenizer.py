@@ -17,7 +17,7 @@ from tokenizers import Tokenizer as Backend
 
 from maxtrain.config import schema
 from maxtrain.config.errors import Refused
-from maxtrain.data import chat, sources
+from maxtrain.data import chat, conversation, sources
 from maxtrain.data.cache import build_once, key
 
 BOS, EOS = "<|bos|>", "<|eos|>"
@@ -167,6 +167,7 @@ class JsonTokenizer(Tokenizer):
             template = {item["name"]: item["template"] for item in template}.get("default")
         if not template:
             return super().encode_chat(messages, generate=generate)
+        messages = conversation.read_by(template, chat.check(messages))
         text = chat.render(template, messages, generate=generate, bos_token=self._bos or "", eos_token=self._eos or "")
         return list(self._with_special.encode(text, add_special_tokens=False).ids)
 
