@@ -22,7 +22,7 @@ from maxtrain.config.errors import Refused
 from maxtrain.config.json_file import parse_object
 from maxtrain.config.regular_file import read_bytes
 from maxtrain.data import backend as backends
-from maxtrain.data import bpe, chat, sources, tokenizer_files
+from maxtrain.data import bpe, chat, conversation, sources, tokenizer_files
 from maxtrain.data.boundaries import BOS, EOS, Boundaries, read_named
 from maxtrain.data.cache import build_once, key
 
@@ -220,7 +220,7 @@ class JsonTokenizer(Tokenizer):
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, generate: bool = True, special: bool = False) -> list[int]:
         if not self._template:
             return super().encode_chat(messages, generate=generate)
-        messages = chat.check(messages)
+        messages = conversation.read_by(self._template, chat.check(messages))
         hidden, marks = (messages, {}) if special else hide(messages, self._plain.special)
         text = chat.render(self._template, hidden, generate=generate, **self._variables)
         if not marks:
@@ -274,7 +274,7 @@ def hide(messages: Any, special: Collection[str]) -> tuple[Any, dict[str, str]]:
             return "".join(marks[c] if place in places else c for place, c in enumerate(value)) if places else value
         if isinstance(value, list):
             return [replaced(item) for item in value]
-        return {name: replaced(item) for name, item in value.items()} if isinstance(value, dict) else value
+        return {replaced(name): replaced(item) for name, item in value.items()} if isinstance(value, dict) else value
 
     return replaced(messages), marks
 
