@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from maxtrain.config.errors import Refused
 from maxtrain.config.schema import Data, Source
 from maxtrain.config.schema import Tokenizer as Section
+from maxtrain.data.bpe import bytes_only
 from maxtrain.data.tokenizer import BOS, EOS, ByteTokenizer, JsonTokenizer, load_saved, load_tokenizer
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))  # all of Unicode but half surrogate pairs, which are no text
@@ -128,7 +129,7 @@ def test_saved_byte_tokenizer_is_one_for_other_programs_too(tmp_path_factory, te
     ],
 )
 def test_huggingface_special_tokens(tmp_path, config, bos, eos):
-    bpe.bytes_only().save(str(tmp_path / "tokenizer.json"))
+    bytes_only().save(str(tmp_path / "tokenizer.json"))
     if config is not None:
         (tmp_path / "special_tokens_map.json").write_text(json.dumps(config))
     ids = {BOS: 256, EOS: 257}
@@ -148,7 +149,7 @@ def test_huggingface_special_tokens(tmp_path, config, bos, eos):
     ],
 )
 def test_bad_tokenizers_are_refused(tmp_path, name, content, says):
-    bpe.bytes_only().save(str(tmp_path / "tokenizer.json"))
+    bytes_only().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / name).unlink(missing_ok=True)
     if content is not None:
         (tmp_path / name).write_text(content)
