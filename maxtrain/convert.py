@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 
 from maxtrain.config import cli
@@ -24,10 +23,10 @@ OPTIONS = {
 
 
 def _one(arguments: Arguments, name: str, allowed: Sequence[str] = ()) -> str | None:
-    given = arguments.options[name]
-    if len(given) > 1 or (given and allowed and given[0] not in allowed):
-        raise Refused(f"--{name} {' '.join(given)}: write one{' of ' + ', '.join(allowed) if allowed else ''}")
-    return given[0] if given else None
+    given = cli.one(arguments, name)
+    if given is not None and allowed and given not in allowed:
+        raise Refused(f"--{name} {given}: write one of {', '.join(allowed)}")
+    return given
 
 
 def _import(opener: str) -> Callable[[str, str, Arguments, Sequence[str]], str]:
@@ -67,16 +66,15 @@ VERBS = {"from-hf": _import("from-hf"), "from-gguf": _import("from-gguf"), "to-h
 
 def main(argv: Sequence[str]) -> int:
     """Do what the verb says; the output appears complete or not at all."""
-    overrides = [word for word in argv if re.match(r"[\w.]+\.[\w.]+=", word)]
-    words = [word for word in argv if word not in overrides]
-    named = [word for word in words[:3] if not word.startswith("-")]
-    arguments = cli.parse([*named[:1], *words[len(named) :]], usage=USAGE, options=OPTIONS, positional="VERB", overrides=False)
-    verb = named[0]
+    arguments = cli.parse(
+        argv, usage=USAGE, options=OPTIONS, positional="VERB with its two paths", overrides=False, assignments=True, positionals=3
+    )
+    verb, named = arguments.words[0], arguments.words
     if verb not in VERBS:
         raise Refused(f"{verb!r} is no verb{did_you_mean(verb, list(VERBS))}: allowed are {', '.join(VERBS)}")
     if len(named) < 3:
         raise Refused(f"{verb} needs two paths, FROM and OUT\nusage: {USAGE}")
-    print(VERBS[verb](named[1], named[2], arguments, overrides))
+    print(VERBS[verb](named[1], named[2], arguments, arguments.overrides))
     return 0
 
 

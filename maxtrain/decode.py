@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TextIO
 
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
 from maxtrain.config import cli
 from maxtrain.config.errors import Refused
+from maxtrain.config.serving import SamplingParams
+from maxtrain.serving import lines
+from maxtrain.serving import prompts as forms
 
 if TYPE_CHECKING:
     from maxtrain.llm import LLM
@@ -26,60 +31,87 @@ standard input, a line each; in a terminal a chat begins. Keys of the sections s
 serve.sampling.top_p=0.9 or serve.max_requests=64; `python -m maxtrain.train --help` explains them."""
 OPTIONS = {
     "prompt": "Text to go on from; may be given several times, may be empty.",
-    "file": "Prompts from a file: lines of text, or for .jsonl objects with `prompt` (text or token ids) or `messages`.",
+    "file": "Prompts from a file: lines of text, or for .jsonl objects with `prompt` (text or token ids) or `messages`, and, if wanted, "
+    "`id`, which is handed back, and keys of serve.sampling for this prompt alone.",
     "out": "Where the results go, a JSON object on each line; samples.jsonl in the folder of a run, else nowhere.",
     "eval": "Score a file of questions instead, JSON lines with `prompt` and either `choices` and `answer`, its index, or `target`.",
-    "tokens": "Most new tokens for each prompt: serve.sampling.max_tokens (128).",
-    "temperature": "0 takes the likeliest token, 1 samples from the model's distribution: serve.sampling.temperature (0.7).",
-    "seed": "Seed of the sampling: serve.seed (0).",
+    "tokens": "Most new tokens for each prompt: serve.sampling.max_tokens.",
+    "temperature": "0 takes the likeliest token, 1 samples from the model's distribution: serve.sampling.temperature.",
+    "seed": "Seed of the sampling: serve.seed.",
 }
+SAMPLES = {"top_k", "top_p", "min_p", "seed"}  # what a temperature of 0 has no use for
+SHORT = {"tokens": "serve.sampling.max_tokens", "temperature": "serve.sampling.temperature", "seed": "serve.seed"}
 
 
-def read_prompts(path: str) -> list[Any]:
-    """Prompts of a file: texts, lists of token ids, or conversations.
+@dataclass(frozen=True)
+class Asked:
+    """A prompt: text, token ids or a conversation."""
+
+    prompt: Any
+    id: Any = None
+    """Handed back with the result."""
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    """What it asks for in place of what `serve.sampling` says."""
+
+
+def read_prompts(path: str) -> list[Asked]:
+    """The prompts of a file.
 
     Raises:
         Refused: the file cannot be read, or a line of it is no prompt.
     """
-    try:
-        with open(path, encoding="utf-8") as file:
-            lines = file.read().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise Refused(f"--file {path}: cannot be read: {error}") from error
     if not path.endswith(".jsonl"):
-        return [line for line in lines if line]
-    return [_prompt(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+        return [Asked(line) for line in lines.read(path) if line]
+    allowed = ("id", "prompt", "messages", *SamplingParams.model_fields)
+    return [_asked(f"{path}:{number}", item) for number, item in lines.objects(path, allowed)]
 
 
-def _prompt(path: str, number: int, line: str) -> Any:
-    try:
-        item = json.loads(line)
-    except ValueError as error:
-        raise Refused(f"{path}:{number}: not JSON ({error})") from error
-    found = [item[key] for key in ("prompt", "messages") if isinstance(item, dict) and key in item]
+def _asked(place: str, item: Mapping[str, Any]) -> Asked:
+    found = [item[key] for key in ("prompt", "messages") if key in item]
     if len(found) != 1 or not isinstance(found[0], str | list):
-        raise Refused(f"{path}:{number}: write an object with either prompt (text or token ids) or messages, not {line:.80}")
-    return found[0]
+        raise Refused(f"{place}: write an object with either prompt (text or token ids) or messages, not {json.dumps(item):.80}")
+    if "messages" in item and not forms.is_conversation(found[0]):
+        raise Refused(f"{place}: messages is a list of objects with role and content, not {found[0]!r:.80}")
+    sampling = {key: value for key, value in item.items() if key in SamplingParams.model_fields}
+    _sampling(place, SamplingParams(), sampling)
+    return Asked(found[0], item.get("id"), sampling)
 
 
-def generate(llm: LLM, prompts: Sequence[Any]) -> Iterator[Output]:
+def _sampling(place: str, usual: SamplingParams, given: Mapping[str, Any]) -> SamplingParams:
+    """The parameters of a request: those that are usual, but for what it gives. A temperature of 0 takes back what only samples read."""
+    kept = usual.model_dump(include=usual.changed - (SAMPLES if given.get("temperature") == 0 else set()))
+    try:
+        return SamplingParams.model_validate(kept | given)
+    except ValidationError as error:
+        found = [f"{place}: {'.'.join(map(str, item['loc']))}: {item['msg']}".replace(": :", ":") for item in error.errors()]
+        raise Refused("\n".join(found)) from None
+
+
+def generate(llm: LLM, prompts: Sequence[Asked]) -> list[Output]:
     """The outputs in the order of the prompts, conversations answered by the chat template."""
-    talks = [isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict) for prompt in prompts]
-    answered = iter(llm.chat([prompt for prompt, talk in zip(prompts, talks, strict=True) if talk], progress=sys.stderr.isatty()))
-    continued = iter(llm.generate([prompt for prompt, talk in zip(prompts, talks, strict=True) if not talk], progress=sys.stderr.isatty()))
-    return (next(answered if talk else continued) for talk in talks)
+    params = [_sampling("serve.sampling", llm.config.serve.sampling, asked.sampling) for asked in prompts]
+    outputs = dict[int, Output]()
+    for ask, talk in ((llm.chat, True), (llm.generate, False)):
+        chosen = [index for index, asked in enumerate(prompts) if forms.is_conversation(asked.prompt) == talk]
+        given = [prompts[index].prompt for index in chosen]
+        found = ask(given, [params[index] for index in chosen], progress=cli.is_terminal(sys.stderr)) if given else []
+        outputs |= zip(chosen, found, strict=True)
+    return [outputs[index] for index in range(len(prompts))]
 
 
-def record(output: Output, step: int | None) -> dict[str, Any]:
+def record(asked: Asked, output: Output, step: int | None) -> dict[str, Any]:
     """The line of JSON for an output."""
-    line: dict[str, Any] = {"prompt": output.prompt} if step is None else {"step": step, "prompt": output.prompt}
+    line: dict[str, Any] = {} if asked.id is None else {"id": asked.id}
+    line |= {"prompt": output.prompt} if step is None else {"step": step, "prompt": output.prompt}
     if output.error is not None:
-        return line | {"error": output.error}
+        return line | {"error": output.error, "finish_reason": "refused"}
     first = output.completions[0]
     line |= {"text": first.text, "finish_reason": first.finish_reason, "prompt_tokens": len(output.prompt_token_ids)}
     line |= {"tokens": len(first.token_ids), "seconds": round(first.times[-1], 3)}
     if first.logprobs is not None:
         line["logprobs"] = first.logprobs
+    if output.prompt_logprobs is not None:
+        line["prompt_logprobs"] = output.prompt_logprobs
     return line | ({"samples": [item.text for item in output.completions]} if len(output.completions) > 1 else {})
 
 
@@ -89,18 +121,34 @@ def chat(llm: LLM, console: Console) -> None:
     messages: list[dict[str, str]] = []
     while True:
         try:
-            messages.append({"role": "user", "content": console.input("[bold]> [/bold]")})
+            said = console.input("[bold]> [/bold]")
         except (EOFError, KeyboardInterrupt):
             return
+        messages = _answer(llm, console, [*messages, {"role": "user", "content": said}])
+
+
+def _answer(llm: LLM, console: Console, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The conversation with an answer to its last message, without its oldest turns where it would be refused with them.
+
+    A message that is refused even alone is taken back, and the conversation stays as it was before.
+    """
+    for first in range(0, len(messages), 2):
         answer = ""
         try:
-            for delta in llm.stream(messages):
+            for delta in llm.stream(messages[first:]):
+                if first and not answer:
+                    console.print(f"(without the first {first} messages, which no longer fit)", style="dim")
                 answer += delta.text
                 console.print(delta.text, end="", markup=False, highlight=False)
+        except Refused as refusal:
+            error = str(refusal)
+            continue
         except KeyboardInterrupt:
             pass
         console.print()
-        messages.append({"role": "assistant", "content": answer})
+        return [*messages[first:], {"role": "assistant", "content": answer}]
+    console.print(f"This message is refused, and left out: {error}", markup=False, highlight=False)
+    return messages[:-1]
 
 
 def summary(llm: LLM, outputs: Sequence[Output], seconds: float) -> Table:
@@ -123,63 +171,87 @@ def summary(llm: LLM, outputs: Sequence[Output], seconds: float) -> Table:
     return table
 
 
-def _overrides(arguments: cli.Arguments, given: Sequence[str]) -> list[str]:
-    """`section.key=value` of the short options and of the command line, which wins."""
-    tokens = cli.number(arguments, "tokens", 128, int, minimum=1)
-    temperature = cli.number(arguments, "temperature", 0.7, float, minimum=0)
-    seed = cli.number(arguments, "seed", 0, int, minimum=0)
-    keys = {"serve.sampling.max_tokens": tokens, "serve.sampling.temperature": temperature, "serve.seed": seed}
-    names = {word.partition("=")[0] for word in given}
-    clash = [
-        name for name, option in zip(keys, ("tokens", "temperature", "seed"), strict=True) if name in names and arguments.options[option]
-    ]
+def _overrides(arguments: cli.Arguments) -> list[str]:
+    """`section.key=value` of the short options that are given, and of the command line."""
+    values = {
+        "tokens": cli.number(arguments, "tokens", int, minimum=1),
+        "temperature": cli.number(arguments, "temperature", float, minimum=0),
+        "seed": cli.number(arguments, "seed", int, minimum=0),
+    }
+    names = {word.partition("=")[0] for word in arguments.overrides}
+    clash = [key for option, key in SHORT.items() if key in names and values[option] is not None]
     if clash:
         raise Refused(f"{clash[0]} is set twice, once by its short option")
-    return [*(f"{name}={value}" for name, value in keys.items() if name not in names), *given]
+    words = [f"{SHORT[option]}={value}" for option, value in values.items() if value is not None]
+    if values["temperature"] == 0:  # the likeliest token: what a run says of samples does not hold for it
+        neutral = SamplingParams().model_dump(mode="json", include=SAMPLES)
+        words += [f"serve.sampling.{name}={json.dumps(value)}" for name, value in neutral.items() if f"serve.sampling.{name}" not in names]
+    return [*words, *arguments.overrides]
+
+
+def _prompts(arguments: cli.Arguments) -> list[Asked]:
+    """The prompts of the command line, its files, or standard input; none for questions, or for a chat in the terminal."""
+    options = arguments.options
+    if options["eval"]:
+        useless = [name for name in ("prompt", "file", "tokens", "temperature") if options[name]]
+        if useless:
+            raise Refused(f"--{useless[0]} has no effect with --eval, which asks the questions of its file: leave one of them out")
+        return []
+    prompts = [Asked(text) for text in options["prompt"]]
+    for path in options["file"]:
+        prompts += read_prompts(path)
+    if prompts:
+        return prompts
+    if not options["file"] and cli.is_terminal(sys.stdin) and cli.is_terminal(sys.stdout):
+        if options["out"]:
+            raise Refused("--out has no effect in a chat: give prompts, or leave it out")
+        return []
+    try:
+        text = "" if sys.stdin is None or options["file"] else sys.stdin.read()
+    except (OSError, ValueError) as error:
+        raise Refused(f"standard input cannot be read: {error}") from error
+    prompts = [Asked(line) for line in text.split("\n") if line]
+    if not prompts:
+        raise Refused(f"no prompt is given\nusage: {USAGE}")
+    return prompts
 
 
 def main(argv: Sequence[str]) -> int:
     """Print a continuation of each prompt, write the results, and say how fast it went."""
-    given = [word for word in argv if re.match(r"[\w]+\.[\w.]+=", word)]
-    words = [word for word in argv if word not in given]
-    arguments = cli.parse(words, usage=USAGE, options=OPTIONS, positional="MODEL", overrides=False)
-    overrides = _overrides(arguments, given)
-    prompts: list[Any] = list(arguments.options["prompt"])
-    for path in arguments.options["file"]:
-        prompts += read_prompts(path)
-    asked, talk = bool(prompts or arguments.options["eval"]), sys.stdin.isatty() and sys.stdout.isatty()
-    if not asked and not talk:
-        prompts = [line for line in sys.stdin.read().splitlines() if line]
-        if not prompts:
-            raise Refused(f"no prompt is given\nusage: {USAGE}")
+    arguments = cli.parse(argv, usage=USAGE, options=OPTIONS, positional="MODEL", overrides=False, assignments=True)
+    overrides, prompts, out = _overrides(arguments), _prompts(arguments), cli.one(arguments, "out")
+    file = None if out is None else cli.open_output(out, "a")
     from maxtrain.llm import LLM
 
-    console = Console(stderr=True)
     llm = LLM(arguments.config, overrides=overrides)
     if arguments.options["eval"]:
         from maxtrain.serving.questions import evaluate
 
         for path in arguments.options["eval"]:
-            print(json.dumps({"file": path, **evaluate(llm, path)}))
+            line = json.dumps({"file": path, **evaluate(llm, path)})
+            if file is not None:
+                print(line, file=file, flush=True)
+            print(line, flush=True)
         return 0
-    if not asked and talk:
+    if not prompts:
         chat(llm, Console())
         return 0
-    return _batch(llm, arguments, prompts, console)
+    return _batch(llm, prompts, file)
 
 
-def _batch(llm: LLM, arguments: cli.Arguments, prompts: Sequence[Any], console: Console) -> int:
-    import time
-
-    start = time.perf_counter()
-    outputs = list(generate(llm, prompts))
+def _batch(llm: LLM, prompts: Sequence[Asked], file: TextIO | None) -> int:
+    console, start = Console(stderr=True), time.perf_counter()
+    outputs = generate(llm, prompts)
     seconds = time.perf_counter() - start
-    own = os.path.join(arguments.config, "samples.jsonl") if llm.step is not None and os.path.isdir(arguments.config) else None
-    path = next(iter(arguments.options["out"]), own)
-    lines = [json.dumps(record(output, llm.step), ensure_ascii=False) for output in outputs]
-    if path is not None:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write("".join(f"{line}\n" for line in lines))
+    if file is None and llm.folder is not None:
+        try:
+            file = cli.open_output(os.path.join(llm.folder, "samples.jsonl"), "a")
+        except Refused as refusal:  # such as on a read-only disk: what was found is printed
+            console.print(str(refusal), markup=False, highlight=False)
+    if file is not None:
+        with file:
+            for asked, output in zip(prompts, outputs, strict=True):
+                file.write(json.dumps(record(asked, output, llm.step), ensure_ascii=False) + "\n")
     for output in outputs:
         shown = output.prompt if isinstance(output.prompt, str) else ""
         print(f"refused: {output.error}" if output.error is not None else shown + output.text, flush=True)

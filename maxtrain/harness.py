@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +52,9 @@ def harness_model(llm: LLM) -> Any:
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
             return [int(i) for i in tokenizer.encode(string)] if add_special_tokens is False else tokenizer.encode_prompt(string)
 
+        def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+            return llm.pair(context, continuation)
+
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **_: Any) -> list[tuple[float, bool]]:
             scores = llm.score([context for _, context, _ in requests], [rest for _, _, rest in requests], progress=not disable_tqdm)
             for score in scores:
@@ -92,29 +94,30 @@ def harness_model(llm: LLM) -> Any:
 
 def main(argv: Sequence[str]) -> int:
     """Print the results of the tasks, and write them if asked."""
-    given = [word for word in argv if re.match(r"\w+\.[\w.]+=", word)]
-    arguments = cli.parse([w for w in argv if w not in given], usage=USAGE, options=OPTIONS, positional="MODEL", overrides=False)
+    arguments = cli.parse(argv, usage=USAGE, options=OPTIONS, positional="MODEL", overrides=False, assignments=True)
     tasks = [name for names in arguments.options["tasks"] for name in names.split(",") if name]
-    limit, shots = (cli.number(arguments, name, -1, int, minimum=0) for name in ("limit", "shots"))
+    limit, shots = (cli.number(arguments, name, int, minimum=0) for name in ("limit", "shots"))
+    out, include = cli.one(arguments, "out"), cli.one(arguments, "include")
     if not tasks:
         raise Refused(f"no --tasks are given\nusage: {USAGE}")
+    file = None if out is None else cli.open_output(out, "a")
     from maxtrain.llm import LLM
 
-    model = harness_model(LLM(arguments.config, overrides=given))
+    model = harness_model(LLM(arguments.config, overrides=arguments.overrides))
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import make_table
 
-    manager = TaskManager(include_path=next(iter(arguments.options["include"]), None))
+    manager = TaskManager(include_path=include)
     unknown = [name for name in tasks if name not in manager.all_tasks]
     if unknown:
         raise Refused(f"--tasks {unknown[0]}: no such task; --include FOLDER adds your own")
-    limits = {"limit": None if limit < 0 else limit, "num_fewshot": None if shots < 0 else shots}
-    results = simple_evaluate(model=model, tasks=tasks, task_manager=manager, **limits)
+    results = simple_evaluate(model=model, tasks=tasks, task_manager=manager, limit=limit, num_fewshot=shots)
     print(make_table(results))
-    for path in arguments.options["out"]:
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(results["results"], file, indent=2, default=str)
+    if file is not None:
+        file.truncate(0)
+        json.dump(results["results"], file, indent=2, default=str)
+        file.close()
     return 0
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from maxtrain import LLM, SamplingParams, train
 from maxtrain.config.errors import Refused
+from maxtrain.llm import rewind
 from maxtrain.serving.questions import evaluate
 
 TINY = str(pathlib.Path(__file__).parent / "tiny.yml")
@@ -36,6 +37,21 @@ def test_samples_and_answers_within_training(trained, tmp_path, cache_dir):
         assert {key.removeprefix("eval/ab/"): value for key, value in row.items() if "eval/ab/" in key} == evaluate(llm, str(questions))
     losses = [[row["loss"] for row in rows(folder) if "loss" in row] for folder in (trained, tmp_path / "run")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # on one device and on eight
+
+
+def test_samples_of_steps_that_are_computed_again_are_forgotten(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    rewind(str(path), 10)
+    assert not path.exists()
+    rows = [{"step": step, "prompt": "a", "text": "b\u2028"} for step in (5, 10, 15, 20)]
+    decoded = {"step": 20, "prompt": "a", "text": "b", "finish_reason": "stop"}
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in [*rows[:3], decoded, rows[3]]]
+    path.write_text("".join(lines) + '{"step": 10, "pro')
+    rewind(str(path), 10)
+    assert path.read_text() == "".join([*lines[:2], lines[3]])
+    before = path.stat().st_mtime_ns
+    rewind(str(path), 10)
+    assert path.stat().st_mtime_ns == before
 
 
 def test_questions_that_cannot_be_read_are_refused_before_training(tmp_path):

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import chain
@@ -20,7 +21,8 @@ from maxtrain.checkpoint.safetensors import Tensor
 from maxtrain.config import schema
 from maxtrain.config.errors import Refused
 from maxtrain.config.json_file import read_object
-from maxtrain.data import tokenizer
+from maxtrain.data import tokenizer_files
+from maxtrain.data.tokenizer import load_saved
 from maxtrain.models import families
 from maxtrain.models.families import Family, wrapper
 from maxtrain.models.families.family import function
@@ -264,18 +266,22 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def copy_tokenizer(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> bool:
-    """Copy tokenizer and chat template from one folder to another, converting SentencePiece's form; False where there is none.
+    """Write the tokenizer of one folder into another, with its chat template and the end tokens that config.json names.
+
+    SentencePiece's form is converted. Returns False where there is none.
 
     Raises:
         Refused: it must be converted, and the packages for that are not installed.
     """
-    files = [name for name in ("tokenizer.json", *tokenizer.BESIDE) if os.path.isfile(os.path.join(source, name))]
+    files = [name for name in ("tokenizer.json", *tokenizer_files.BESIDE) if os.path.isfile(os.path.join(source, name))]
     if not {"tokenizer.json", "tokenizer.model", "vocab.json"} & set(files):
         return False
-    os.makedirs(target, exist_ok=True)
-    for name in files:
-        shutil.copyfile(os.path.join(source, name), os.path.join(target, name))
-    if "tokenizer.json" not in files:
+    if "tokenizer.json" in files:
+        load_saved(source).save(target)
+        return True
+    with tempfile.TemporaryDirectory() as folder:
+        for name in {*files, "config.json"} & set(os.listdir(source)):
+            shutil.copyfile(os.path.join(source, name), os.path.join(folder, name))
         try:
             from transformers import AutoTokenizer
 
@@ -285,7 +291,8 @@ def copy_tokenizer(source: str | os.PathLike[str], target: str | os.PathLike[str
                 f"{source}: its tokenizer is not in tokenizer.json and could not be converted ({type(error).__name__}: {error}): "
                 "pip install 'maxtrain[hf]', or save it with transformers as a fast tokenizer"
             ) from None
-        backend.save(os.path.join(target, "tokenizer.json"))
+        backend.save(os.path.join(folder, "tokenizer.json"))
+        load_saved(folder).save(target)
     return True
 
 

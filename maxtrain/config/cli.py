@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import re
@@ -10,7 +11,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TextIO, TypeVar
 
 from pydantic import TypeAdapter
 from pydantic.fields import FieldInfo
@@ -18,6 +19,7 @@ from pydantic.fields import FieldInfo
 from maxtrain.config import keys, loader
 from maxtrain.config.effects import without_effect
 from maxtrain.config.errors import Refused
+from maxtrain.config.paths import expand
 from maxtrain.config.schema import Config, Section
 
 Number = TypeVar("Number", int, float)
@@ -45,6 +47,8 @@ class Arguments:
     """Every flag by name, and whether it was given."""
     options: Mapping[str, list[str]]
     """Every option by name, and the values it was given."""
+    words: tuple[str, ...] = ()
+    """All words that are none of these, the path first."""
 
 
 def parse(
@@ -55,6 +59,8 @@ def parse(
     options: Mapping[str, str] | None = None,
     positional: str = "CONFIG.yml",
     overrides: bool = True,
+    assignments: bool = False,
+    positionals: int = 1,
 ) -> Arguments:
     """Read the command line of an entry; `--help`, `--print-config` and `--diff` print what they promise and exit with 0.
 
@@ -65,6 +71,8 @@ def parse(
         options: Help of each option with a value (`--name VALUE` or `--name=VALUE`), which may be given several times.
         positional: What the path is called in messages.
         overrides: Whether the entry takes a config and `section.key=value`; otherwise the path must be given.
+        assignments: Whether it takes `section.key=value` beside a path that is no config, too.
+        positionals: The most words that are read besides, `Arguments.words`.
 
     Raises:
         Refused: a word that is not understood, or the config that is to be printed.
@@ -72,14 +80,15 @@ def parse(
     flags, options = {**(flags or {}), **(SHOW if overrides else {}), **HELP}, options or {}
     given, values = dict.fromkeys(flags, False), {name: list[str]() for name in options}
     paths: list[str] = []
-    assignments: list[str] = []
+    assigned: list[str] = []
+    assignment = re.compile(r"[^/=]+=" if overrides else r"\w+(\.\w+)+=" if assignments else r"(?!)")
     words = iter(argv)
     for word in words:
         name, equals, value = word.removeprefix("--").partition("=")
         if word == "-h":
             given["help"] = True
         elif not word.startswith("-"):
-            (assignments if overrides and re.match(r"[^/=]+=", word) else paths).append(word)
+            (assigned if assignment.match(word) else paths).append(word)
         elif name in flags and not equals:
             given[name] = True
         elif name in options:
@@ -91,11 +100,12 @@ def parse(
             raise Refused(_not_known(word, name, flags, options))
     if given["help"]:
         _show(help_text(usage, flags, options, overrides))
-    if len(paths) > 1:
-        raise Refused(f"{paths[1]!r} is too much: one {positional} is read{', a value is set by section.key=value' * overrides}")
+    if len(paths) > positionals:
+        hint = ", a value is set by section.key=value" * (overrides or assignments)
+        raise Refused(f"{paths[positionals]!r} is too much: {'one' if positionals == 1 else positionals} {positional} is read{hint}")
     if not paths and not overrides:
         raise Refused(f"no {positional} is given\nusage: {usage}")
-    arguments = Arguments(paths[0] if paths else None, tuple(assignments), given, values)
+    arguments = Arguments(paths[0] if paths else None, tuple(assigned), given, values, tuple(paths))
     if overrides and (given["print-config"] or given["diff"]):
         _show(loader.render(loader.load(arguments.config, arguments.overrides), given["diff"]))
     return arguments
@@ -115,7 +125,7 @@ def _show(text: str) -> NoReturn:
     try:
         print(text, end="", flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
     raise SystemExit(0)
 
 
@@ -151,21 +161,29 @@ def _default(field: FieldInfo) -> str:
     return f" = {loader.text(TypeAdapter(annotation).dump_python(field.default, mode='json', exclude_defaults=True))}"
 
 
-def number(arguments: Arguments, name: str, default: Number, kind: type[Number], *, minimum: Number) -> Number:
-    """The value of an option that is a number, or its default.
+def one(arguments: Arguments, name: str) -> str | None:
+    """The value of an option, None if it is not given; `Refused` if it is given twice."""
+    given = arguments.options[name]
+    if len(given) > 1:
+        raise Refused(f"--{name} is given {len(given)} times ({', '.join(given)}): one is read")
+    return given[0] if given else None
+
+
+def number(arguments: Arguments, name: str, kind: type[Number], *, minimum: Number) -> Number | None:
+    """The value of an option that is a number, None if it is not given.
 
     Raises:
         Refused: it is not such a number, is below the minimum, or is given twice.
     """
-    given = arguments.options[name]
-    if not given:
-        return default
+    given = one(arguments, name)
+    if given is None:
+        return None
     try:
-        value = kind(given[0])
+        value = kind(given)
     except ValueError:
         value = None
-    if value is None or not minimum <= value < math.inf or len(given) > 1:
-        raise Refused(f"--{name} {' '.join(given)}: write {keys.WORDS[kind]} >= {minimum}")
+    if value is None or not minimum <= value < math.inf:
+        raise Refused(f"--{name} {given}: write {keys.WORDS[kind]} >= {minimum}")
     return value
 
 
@@ -181,13 +199,51 @@ def load_config(arguments: Arguments) -> Config:
     return config
 
 
+def open_output(path: str, mode: str) -> TextIO:
+    """The file of `--out`, opened before the work whose results it is for; half a character is written as JSON spells it.
+
+    Raises:
+        Refused: it cannot be written.
+    """
+    try:
+        return open(expand(path, "--out"), mode, encoding="utf-8", errors="backslashreplace")
+    except (OSError, ValueError) as error:
+        if isinstance(error, Refused):
+            raise
+        raise Refused(f"--out {path}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
+
+
+def is_terminal(stream: Any) -> bool:
+    """Whether a standard stream, which is None or closed where there is none, is a terminal."""
+    return stream is not None and not stream.closed and stream.isatty()
+
+
 def run(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
-    """Run an entry and exit with its code (0 for None); 2 and a message without traceback for `Refused`, 130 for Ctrl-C."""
+    """Run an entry and exit with its code (0 for None).
+
+    2 and a message without traceback for `Refused`, 1 and a message for what the system refuses (a full disk), 130 for Ctrl-C, 0 if
+    whoever reads the output (`| head`) has seen enough.
+    """
+    if sys.stdout is not None and isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a character is no reason to end
     try:
         code = main(sys.argv[1:]) or 0
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except Refused as refusal:
         print(refusal, file=sys.stderr)
         code = 2
+    except BrokenPipeError:
+        _discard_output()
+        code = 0
+    except OSError as error:
+        print(f"{error.filename}: {error.strerror}" if error.filename else str(error), file=sys.stderr)
+        code = 1
     except KeyboardInterrupt:
         code = 130
     raise SystemExit(code)
+
+
+def _discard_output() -> None:
+    """What is still to be printed goes nowhere, because its reader is gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

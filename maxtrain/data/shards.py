@@ -34,7 +34,7 @@ SHOW_AFTER = 2.0  # seconds of preparation before progress is shown
 
 
 class Shard:
-    """A prepared source: `tokens` holds [bos, document, eos] for every document, in an order shuffled once and for all."""
+    """A prepared source: `tokens` holds every document between its beginning and end tokens, in an order shuffled once and for all."""
 
     def __init__(self, folder: Path, write: Callable[[Path], None] | None = None) -> None:
         """`write` makes the same folder anew, which is done when a damaged block is found.
@@ -121,13 +121,14 @@ def prepare(name: str, source: Source, tokenizer: Tokenizer, cache_dir: str) -> 
 def _write(name: str, source: Source, tokenizer: Tokenizer, folder: Path) -> None:
     """Tokenise in the source's order, then copy the documents in a shuffled one; only the index and a few chunks are ever in memory."""
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+    begin, end = tokenizer.boundaries.document_begin, tokenizer.boundaries.document_end
     lengths, num_bytes = array("q"), 0
     with open(folder / "unshuffled", "wb") as file:
         for documents in _batches(_shown(sources.documents(source), name)):
             num_bytes += sum(document.num_bytes for document in documents)
             for ids in _encoded(documents, tokenizer, name):
                 lengths.append(0)
-                for part in (np.array([tokenizer.bos_id]), *ids, np.array([tokenizer.eos_id])):
+                for part in (np.array(begin), *ids, np.array(end)):
                     file.write(part.astype(dtype).tobytes())
                     lengths[-1] += len(part)
     ends = np.cumsum(lengths)

@@ -28,12 +28,20 @@ REMAT = {
     "dots": _keep.save_from_both_policies(_keep.dots_with_no_batch_dims_saveable, _keep.save_only_these_names(PRODUCT)),
     "full": _keep.nothing_saveable,
 }  # what a layer keeps for the backward pass; None is everything
+Cached = Callable[[Block, jax.Array, Context, Any], tuple[jax.Array, Any, Balance]]
 
 
-@jax.jit
-def _traced_once(block: Block, x: jax.Array, context: Context, caches: Any) -> tuple[jax.Array, Any, Balance]:
-    """A block with its caches: serving has several programs of unrolled blocks, and equal ones are traced once in each."""
-    return block(x, context, caches)
+def _traced_once() -> Cached:
+    """A function that runs a block with its caches, and traces equal blocks once.
+
+    It is made anew for each trace of a decoder, because `jax.jit` keeps traces by shapes alone: the layout in use, which blocks
+    read while they are traced, is another one for the next engine.
+    """
+
+    def run(block: Block, x: jax.Array, context: Context, caches: Any) -> tuple[jax.Array, Any, Balance]:
+        return block(x, context, caches)
+
+    return jax.jit(run)
 
 
 class Output(NamedTuple):
@@ -78,7 +86,8 @@ class Decoder(nnx.Module):
         """Hidden states for tokens int32 [batch, length]; with caches (`cache_spec`), attention writes and reads their pages."""
         x = self._embed(tokens)
         prefix, body, remainder = caches or (None, None, None)
-        x, prefix, balance = self._run(self.prefix, x, context, prefix)
+        run = self._run if caches is None else _traced_once()
+        x, prefix, balance = run(self.prefix, x, context, prefix)
         if parts("layers") > 1 and caches is None:
 
             def period(block: Block, x: jax.Array, rows: Context) -> tuple[jax.Array, Balance]:
@@ -90,7 +99,7 @@ class Decoder(nnx.Module):
         elif isinstance(self.body, Block):
 
             def step(carry: tuple[jax.Array, Any], inputs: tuple[Block, jax.Array]) -> tuple[tuple[jax.Array, Any], Any]:
-                x, caches, extra = self._run(inputs[0], carry[0], _of_period(context, carry[1], inputs[1], self.cfg.num_periods), carry[1])
+                x, caches, extra = run(inputs[0], carry[0], _of_period(context, carry[1], inputs[1], self.cfg.num_periods), carry[1])
                 return (x, caches), extra
 
             (x, body), extras = jax.lax.scan(step, (x, body), (self.body, jnp.arange(self.cfg.num_periods)))
@@ -98,10 +107,10 @@ class Decoder(nnx.Module):
         else:
             new = list[Any]()
             for block, cache in zip(self.body, body or [None] * len(self.body), strict=True):
-                x, cache, extra = self._run(block, x, context, cache)
+                x, cache, extra = run(block, x, context, cache)
                 balance, new = balance + extra, [*new, cache]
             body = new
-        x, remainder, extra = self._run(self.remainder, x, context, remainder)
+        x, remainder, extra = run(self.remainder, x, context, remainder)
         return Output(self._scaled(self.norm(x)), (prefix, body, remainder), balance + extra)
 
     def ahead(self, depth: int, tokens: jax.Array, hidden: jax.Array, context: Context, cache: Any = None) -> Output:
@@ -129,10 +138,8 @@ class Decoder(nnx.Module):
     def _scaled(self, hidden: jax.Array) -> jax.Array:
         return hidden if self.cfg.logit_multiplier == 1.0 else hidden * self.cfg.logit_multiplier
 
-    def _run(self, block: Block, x: jax.Array, context: Context, caches: Any) -> tuple[jax.Array, Any, Balance]:
-        if caches is not None:
-            return _traced_once(block, x, context, caches)
-        return block(x, context, None, self._sparing)
+    def _run(self, block: Block, x: jax.Array, context: Context, caches: None) -> tuple[jax.Array, Any, Balance]:
+        return block(x, context, caches, self._sparing)
 
     def _sparing(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return function if self.remat == "none" else jax.checkpoint(function, policy=REMAT[self.remat])

@@ -4,6 +4,7 @@ The host plans with integers (`scheduler`), the device runs one of a few program
 step is started before the one before it is read. One thread drives an engine; `api` shares it between several.
 """
 
+import contextlib
 import itertools
 import time
 from collections import deque
@@ -19,11 +20,11 @@ from maxtrain.config.errors import Refused
 from maxtrain.config.serving import SamplingParams
 from maxtrain.data.tokenizer import Tokenizer
 from maxtrain.parallel.sharding import Layout
+from maxtrain.serving.batch import arrange, is_marked
 from maxtrain.serving.pages import PagePool, root_hash
 from maxtrain.serving.programs import Programs
-from maxtrain.serving.sampling import PROMPT, STOP, Rows
+from maxtrain.serving.sampling import PROMPT, STOP
 from maxtrain.serving.scheduler import Chunk, Limits, Request, Scheduler
-from maxtrain.serving.step import Inputs
 from maxtrain.serving.text import TextStream
 
 NGRAMS = (4, 3, 2)  # tokens at the end of a request that are looked up in it, to guess what follows
@@ -116,9 +117,11 @@ class Engine:
         )
         self._ids, self._arrivals = itertools.count(), itertools.count()
         self._seeds, self._flights = np.random.default_rng(self.serve.seed), deque[Flight]()
+        self._news: list[Request] = []  # of steps that were read, or failed, outside of `step`
+        self.failure: BaseException | None = None
         with self.programs.compiling():
             self.model = self._lay_out(model())
-        self.state = self.programs.state()
+        self.state: Any = self.programs.state()
 
     def _lay_out(self, model: Any) -> Any:
         self.stats.relayouts += self.programs.on_one_cpu
@@ -130,10 +133,17 @@ class Engine:
         Args:
             model: a decoder of the same shapes; its arrays are not copied, but on one CPU, where they are laid out anew.
             version: of the weights; the next number if None.
+
+        Raises:
+            Refused: the model is another one; nothing has changed then.
         """
-        while self._flights:
-            self._read()
-        self.model = self._lay_out(model)
+        model = self._lay_out(model)
+        try:
+            while self._flights:
+                self._news += self._read()
+        except BaseException as error:
+            self._begin_anew(error)
+        self.model = model
         self.version = self.version + 1 if version is None else version
         self.scheduler.pool.forget_all()
         for request in list(self.scheduler.running):
@@ -145,6 +155,8 @@ class Engine:
 
     def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
         """Raises `Refused` for a prompt that is empty, too long or out of the vocabulary, and for parameters that cannot be followed."""
+        if not isinstance(params, SamplingParams):
+            raise Refused(f"what a request asks for is a SamplingParams, not {params!r:.80}")
         if not len(prompt):
             raise Refused("the prompt is empty: there is no token to go on from")
         wrong = [token for token in prompt if not 0 <= token < self.vocab_size]
@@ -164,9 +176,10 @@ class Engine:
 
     def _ends(self, params: SamplingParams) -> frozenset[int]:
         own = frozenset() if self.tokenizer is None or params.ignore_eos else self.tokenizer.end_ids
-        return own | frozenset(params.stop_token_ids)
+        special = {} if self.tokenizer is None else self.tokenizer.boundaries.special  # a token that has no text cannot stop by it
+        return own | frozenset(params.stop_token_ids) | {special[text] for text in params.stop if text in special}
 
-    def add(
+    def prepare(
         self,
         prompt: Sequence[int],
         params: SamplingParams,
@@ -176,7 +189,7 @@ class Engine:
         targets: Sequence[int] | None = None,
         score_from: int | None = None,
     ) -> Request:
-        """Queue one sample of a prompt.
+        """One sample of a prompt, ready for `queue`; nothing of it is in the engine yet.
 
         Args:
             prompt: token ids.
@@ -190,19 +203,20 @@ class Engine:
             Refused: see `check`.
         """
         self.check(prompt, params)
+        if type(priority) is not int:
+            raise Refused(f"priority={priority!r:.80}: write an integer, lower goes first")
         if params.prompt_logprobs is not None:
             score_from = 1
-        spelled = [prefix + word for word in params.bad_words for prefix in ("", " ")]
-        banned = {tuple(map(int, ids)) for ids in self.tokenizer.encode_batch(spelled)} if self.tokenizer and spelled else set()
+        banned = self._banned(params.bad_words)
         progress = Progress(
             seed=int(self._seeds.integers(2**32)) if params.seed is None else params.seed,
             ends=self._ends(params),
-            banned=sorted(banned),
+            banned=banned,
             targets=tuple(map(int, prompt if targets is None else targets)),
             score_from=score_from,
-            stream=TextStream(self.tokenizer, params.stop, params.include_stop) if self.tokenizer else None,
+            stream=TextStream(self.tokenizer, params.stop, params.include_stop, prompt) if self.tokenizer else None,
         )
-        request = Request(
+        return Request(
             id=str(next(self._ids)) if id is None else id,
             prompt=tuple(map(int, prompt)),
             params=params,
@@ -212,11 +226,27 @@ class Engine:
             arrival=next(self._arrivals),
             reuse=None if score_from is None else score_from - 1,
             scored=score_from is not None,
-            synchronous=any(len(word) > 1 for word in banned) or (self.serve.speculate > 0 and not _is_marked(params)),
+            synchronous=any(len(word) > 1 for word in banned) or (self.serve.speculate > 0 and not is_marked(params)),
             data=progress,
         )
+
+    def _banned(self, words: Sequence[str]) -> list[tuple[int, ...]]:
+        """The tokens of words that are never to come, at the beginning of a text and after a blank."""
+        if self.tokenizer is None or not words:
+            return []
+        found = [tuple(map(int, ids)) for ids in self.tokenizer.encode_batch([prefix + word for word in words for prefix in ("", " ")])]
+        if () in found:
+            raise Refused(f"bad_words: {words[found.index(()) // 2]!r} has no tokens, so it cannot be kept from coming: remove it")
+        return sorted(set(found))
+
+    def queue(self, request: Request) -> Request:
+        """Take up a request of `prepare`."""
         self.scheduler.add(request)
         return request
+
+    def add(self, prompt: Sequence[int], params: SamplingParams, **options: Any) -> Request:
+        """`prepare` and `queue` in one."""
+        return self.queue(self.prepare(prompt, params, **options))
 
     def abort(self, request: Request) -> None:
         """End a request now, if it has not ended; its pages are free at once."""
@@ -226,107 +256,61 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether there is anything to do."""
-        return bool(self._flights or self.scheduler.running or self.scheduler.waiting)
+        return bool(self._news or self._flights or self.scheduler.running or self.scheduler.waiting)
 
     # -------------------------------------------------------------------------------------------- a step out
 
     def step(self) -> list[Request]:
-        """Start the next step and read the one before; returns the requests of which something new is known."""
-        plan = self.scheduler.schedule()
-        if plan:
-            self._start(plan)
-        if self._flights and (not plan or not self.serve.overlap or len(self._flights) > 1):
-            return self._read()
+        """Start the next step and read the one before; returns the requests of which something new is known.
+
+        A step that fails ends the requests that it computed, with what it raised as their `error`, and raises it; the next call
+        returns them. The engine goes on with a cache that is empty, unless that fails too (`failure`).
+        """
+        if self._news:
+            news, self._news = self._news, []
+            return news
+        try:
+            plan = self.scheduler.schedule()
+            if plan:
+                self._start(plan)
+            if self._flights and (not plan or not self.serve.overlap or len(self._flights) > 1):
+                return self._read()
+        except BaseException as error:
+            self._begin_anew(error)
+            raise
         return []
 
     def _start(self, plan: Sequence[Chunk]) -> None:
-        size = self.serve.block
-        rows = sum(1 + len(chunk.drafts) for chunk in plan if chunk.in_rows)
-        blocks = sum(-(-chunk.count // size) for chunk in plan if not chunk.in_rows)
-        shape = self.programs.shape(rows, blocks)
-        inputs, places, row, block = self.programs.inputs(shape), [], 0, 0
         for chunk in plan:
             self._mark(chunk.request)
-            if chunk.in_rows:
-                places.append(row)
-                row = self._fill_rows(inputs, chunk, row)
-            else:
-                block = self._fill_blocks(inputs, chunk, block, shape.num_rows)
-                places.append(block - -(-chunk.count // size))
+        shape, inputs, places = arrange(plan, self.programs)
         self.state, outputs = self.programs.step(shape, self.model, self.state, inputs)
         self._flights.append(Flight(plan, places, shape.num_rows, outputs))
         self.stats.steps += 1
-        self.stats.rows += rows
+        self.stats.rows += sum(1 + len(chunk.drafts) for chunk in plan if chunk.in_rows)
         self.stats.prefilled += sum(chunk.count for chunk in plan if not chunk.in_rows)
         self.stats.waste += self.scheduler.waste()
 
-    def _fill_rows(self, inputs: Inputs, chunk: Chunk, row: int) -> int:
-        """The next token of a request and its drafts; returns the next free row."""
-        request, page_size = chunk.request, self.serve.page_size
-        known = request.tokens[chunk.start] if chunk.start < len(request.tokens) else -1
-        for offset, token in enumerate((known, *chunk.drafts)):
-            position = chunk.start + offset
-            inputs.tokens[row], inputs.positions[row] = token, position
-            inputs.slots[row] = request.pages[position // page_size] * page_size + position % page_size
-            inputs.row_tables[row, : len(request.pages)] = request.pages
-            inputs.guessed[row] = offset > 0
-            if position + 1 < len(request.tokens):
-                inputs.follows[row] = request.tokens[position + 1]
-            self._ask(inputs, row, request, position)
-            row += 1
-        return row
-
-    def _fill_blocks(self, inputs: Inputs, chunk: Chunk, block: int, num_rows: int) -> int:
-        """A run of known tokens; returns the next free block."""
-        request, progress, size, page_size = chunk.request, chunk.request.data, self.serve.block, self.serve.page_size
-        pages, stop = np.asarray(request.pages, np.int32), chunk.start + chunk.count
-        for start in range(chunk.start, stop, size):
-            positions = np.arange(start, min(start + size, stop))
-            place = num_rows + block * size
-            here = slice(place, place + len(positions))
-            inputs.tokens[here] = request.tokens[start : start + len(positions)]
-            inputs.positions[here] = positions
-            following = request.tokens[start + 1 : start + 1 + len(positions)]
-            inputs.follows[place : place + len(following)] = following
-            inputs.slots[here] = pages[positions // page_size] * page_size + positions % page_size
-            inputs.block_tables[block, : len(pages)] = pages
-            if progress.score_from is not None:
-                first, last = max(start + 1, progress.score_from), min(positions[-1] + 2, len(progress.targets))
-                if first < last:
-                    at = block * size - start - 1
-                    inputs.targets[at + first : at + last] = progress.targets[first:last]
-                    inputs.prompt_tops[...] |= bool(request.params.prompt_logprobs)
-            inputs.ends[block] = len(positions) - 1
-            block += 1
-        if chunk.samples:
-            self._ask(inputs, num_rows + block - 1, request, stop - 1)
-        return block
-
-    def _ask(self, inputs: Inputs, output: int, request: Request, position: int) -> None:
-        """What the token after `position` is to be drawn with."""
-        params, progress, index = request.params, request.data, position + 1 - len(request.prompt)
-        inputs.owners[output], inputs.sampled[output] = request.slot, True
-        asked = Rows(
-            params.temperature,
-            params.top_k,
-            params.top_p,
-            params.min_p,
-            params.repetition_penalty,
-            params.presence_penalty,
-            params.frequency_penalty,
-            progress.seed,
-            index,
-            index < params.min_tokens,
-            _is_marked(params),
-            bool(params.logprobs),
-        )
-        for array, value in zip(inputs.rows, asked, strict=True):
-            array[output] = value
+    def _begin_anew(self, error: BaseException) -> None:
+        """After a step that failed, whose state was given away: end its requests, and make a state in which nothing is cached."""
+        try:
+            self._flights.clear()
+            for request in list(self.scheduler.running or self.scheduler.waiting):  # if none runs, those that wait are at fault
+                self._fail(request, error)
+                self._news.append(request)
+            for request in self.scheduler.waiting:
+                request.pending = 0  # of steps that are lost: these tokens are drawn again
+            self.scheduler.pool.forget_all()
+            self.state = None  # freed before the next one is made
+            self.state = self.programs.state()
+        except BaseException as failure:
+            self.failure = failure
+            raise
 
     def _mark(self, request: Request) -> None:
         """Give the device the rows of a slot whose logits depend on earlier tokens or a bias, if it does not have them."""
         params, progress = request.params, request.data
-        if not _is_marked(params) or request.slot is None:
+        if not is_marked(params) or request.slot is None:
             return
         banned = {word[-1] for word in progress.banned if len(word) == 1 or tuple(request.tokens[1 - len(word) :]) == word[:-1]}
         marks = (request.slot, request.preemptions, banned)
@@ -417,7 +401,11 @@ class Engine:
             self._finish(request, "stop")
             return
         if progress.stream is not None:
-            progress.stream.push(token, may_stop)
+            try:
+                progress.stream.push(token, may_stop)
+            except Exception as error:  # of the model's tokenizer
+                self._fail(request, Refused(f"the tokenizer cannot decode the output: {type(error).__name__}: {error}"))
+                return
             if progress.stream.stop is not None:
                 progress.stop = progress.stream.stop
                 self._finish(request, "stop")
@@ -427,15 +415,14 @@ class Engine:
 
     def _finish(self, request: Request, reason: str) -> None:
         request.finish_reason = reason
-        if request.data.stream is not None:
-            request.data.stream.finish()
         self.scheduler.remove(request)
+        if request.data.stream is not None:
+            with contextlib.suppress(Exception):  # a tokenizer that cannot decode half a character leaves it out
+                request.data.stream.finish()
 
-
-def _is_marked(params: SamplingParams) -> bool:
-    """Whether the device needs the rows of a slot: counts of tokens, or a bias."""
-    penalised = params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
-    return bool(penalised or params.logit_bias or params.allowed_token_ids is not None or params.bad_words or params.min_tokens)
+    def _fail(self, request: Request, error: BaseException) -> None:
+        request.finish_reason, request.error = "error", error
+        self.scheduler.remove(request)
 
 
 def _common_window(model: schema.Model) -> int | None:

@@ -155,10 +155,13 @@ class Programs:
         return self._mark(state, np.int32(slot), counts, bias)
 
     def lay_out(self, model: Any) -> Any:
-        """The model, or its description, as it is served: on one CPU with its matrices as `Transposed`, a copy, elsewhere unchanged."""
+        """The model, or its description, as it is served: on one CPU with its matrices as `Transposed`, a copy, elsewhere unchanged.
+
+        Raises:
+            Refused: it is another model than the one that the programs are for.
+        """
         leaves, tree = jax.tree.leaves(model), jax.tree.structure(self._model)
-        want = [x.shape for x in jax.tree.leaves(self._model)]
-        assert [x.shape for x in leaves] == want, "another model than the one the programs are for"
+        self._check_weights(leaves)
         model = jax.tree.unflatten(tree, leaves)
         if not self.on_one_cpu:
             return model
@@ -170,6 +173,24 @@ class Programs:
         rows = iter(_transposed([leaf.get_value() for leaf in params if multiplied(leaf)]))
         changed = [leaf.replace(Transposed(next(rows))) if multiplied(leaf) else leaf for leaf in params]
         return jax.tree.unflatten(jax.tree.structure(model, is_leaf=is_param), changed)
+
+    def _check_weights(self, leaves: list[Any]) -> None:
+        wanted = jax.tree_util.tree_flatten_with_path(self.weights)[0]
+        if len(leaves) != len(wanted):
+            raise Refused(f"{len(leaves)} arrays cannot take the place of the model that is served, which has {len(wanted)}")
+        for leaf, (path, want) in zip(leaves, wanted, strict=True):
+            name = sharding.path_name(path)
+            if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+                raise Refused(f"the weights to be served have a {type(leaf).__name__} as {name}, not an array on the devices")
+            if (leaf.shape, leaf.dtype) != (want.shape, want.dtype):
+                raise Refused(
+                    f"the weights to be served are another model's: {name} is {leaf.dtype} {list(leaf.shape)}, "
+                    f"but {want.dtype} {list(want.shape)} in the one that the engine was made for"
+                )
+            if isinstance(leaf, jax.Array) and leaf.is_deleted():
+                raise Refused(f"the weights to be served were given away, to a train step perhaps: {name} is no longer there")
+            if isinstance(leaf, jax.Array) and not leaf.sharding.is_equivalent_to(want.sharding, leaf.ndim):
+                raise Refused(f"the weights to be served have {name} laid out as {leaf.sharding}, but the engine {want.sharding}")
 
 
 def _transposed(matrices: list[Any]) -> list[Any]:

@@ -43,6 +43,8 @@ class Request:
     names: list[bytes] = field(default_factory=list)
     slot: int | None = None
     finish_reason: str | None = None
+    error: BaseException | None = None
+    """What ended it: `Refused` for what concerns this request alone, else what the step raised."""
     cached: int = 0
     """Tokens of the prompt that came from the prefix cache when it was first admitted."""
     preemptions: int = 0

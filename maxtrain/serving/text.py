@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Protocol
 
+CONTEXT = 8  # tokens of the prompt that the first ones of a stream are decoded with
+
 
 class Decoding(Protocol):
     """What is needed of a tokenizer."""
@@ -16,12 +18,20 @@ class TextStream:
 
     A token's text depends on those before it and may be half a character: a token is decoded together with the last ones that
     made whole text, and its text waits until it is whole.
+
+    Args:
+        tokenizer: decodes.
+        stops: texts that end the stream.
+        include_stop: keep the text that ended it.
+        prompt: tokens before the stream, because some tokenizers decode the first word of a text without its blank.
     """
 
-    def __init__(self, tokenizer: Decoding, stops: Sequence[str] = (), include_stop: bool = False) -> None:
+    def __init__(self, tokenizer: Decoding, stops: Sequence[str] = (), include_stop: bool = False, prompt: Sequence[int] = ()) -> None:
         self._tokenizer, self._stops, self._include_stop = tokenizer, tuple(stops), include_stop
-        self._tokens: list[int] = []
-        self._start = self._read = 0
+        self._tokens = [int(token) for token in prompt[-CONTEXT:]]
+        if self._tokens and tokenizer.decode(self._tokens).endswith("\ufffd"):  # half a character, which the stream may complete
+            self._tokens = []
+        self._start, self._read = 0, len(self._tokens)
         self.text = ""
         self.stop: str | None = None
         """The text that ended it."""

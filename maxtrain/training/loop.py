@@ -85,11 +85,9 @@ class Trainer:
         self.tokenizer: Tokenizer = load_tokenizer(self.config.data)
         if self.source is not None:
             pretrained.check_tokenizer(self.source, self.tokenizer)
-        if self.tokenizer.vocab_size > self.config.model.vocab_size:
-            raise Refused(
-                f"model.vocab_size={self.config.model.vocab_size} is smaller than the tokenizer's vocabulary: "
-                f"raise it to {self.tokenizer.vocab_size} or more"
-            )
+        if self.tokenizer.text_size > self.config.model.vocab_size:
+            remedy = f"raise it to {self.tokenizer.text_size} or more" if self.source is None else "take the tokenizer it was trained with"
+            raise Refused(f"model.vocab_size={self.config.model.vocab_size} is smaller than the tokenizer's vocabulary: {remedy}")
         self.data = TrainData(self.config.data, self.config.train.seed, self.tokenizer)
         sets = make_sets(self.config, self.tokenizer)
         mesh.start(self.config.run, self.config.mesh)

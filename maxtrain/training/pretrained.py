@@ -304,7 +304,8 @@ def export_model(
         kept = source.config.precision.params
         config = huggingface.write(draft, source.model, read, dtype=dtype or kept, family=family, around=around)
         if source.save_tokenizer(draft) and source.tokenizer is not None:
-            config |= {"bos_token_id": source.tokenizer.bos_id, "eos_token_id": source.tokenizer.eos_id}
+            ends = sorted(source.tokenizer.end_ids)
+            config |= {"bos_token_id": source.tokenizer.bos_id, "eos_token_id": ends if len(ends) > 1 else ends[0]}
             Path(draft, "config.json").write_text(json.dumps(config, indent=2))
     return config
 

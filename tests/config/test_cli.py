@@ -1,5 +1,6 @@
 """The shared command line: words in any order, help that names every key, and exit codes."""
 
+import io
 import subprocess
 import sys
 
@@ -95,19 +96,52 @@ def test_print_config_and_diff(capsys, tmp_path):
 
 def test_number():
     def number(*argv):
-        return cli.number(parse(*argv), "tokens", 7, int, minimum=1)
+        return cli.number(parse(*argv), "tokens", int, minimum=1)
 
-    assert number() == 7
+    assert number() is None
     assert number("--tokens=3") == 3
-    for wrong in (["--tokens=0"], ["--tokens=x"], ["--tokens=1.5"], ["--tokens=1", "--tokens=2"]):
+    with pytest.raises(Refused, match=r"--tokens is given 2 times \(1, 2\): one is read"):
+        number("--tokens=1", "--tokens=2")
+    for wrong in (["--tokens=0"], ["--tokens=x"], ["--tokens=1.5"]):
         with pytest.raises(Refused, match="write a whole number >= 1"):
             number(*wrong)
     for wrong in ("nan", "inf"):
         with pytest.raises(Refused, match="write a number >= 0"):
-            cli.number(parse(f"--tokens={wrong}"), "tokens", 0.5, float, minimum=0)
+            cli.number(parse(f"--tokens={wrong}"), "tokens", float, minimum=0)
 
 
-@pytest.mark.parametrize(("outcome", "code"), [(None, 0), (0, 0), (75, 75), (Refused("x.yml:1: no"), 2), (KeyboardInterrupt(), 130)])
+def test_the_value_of_an_option_is_a_value_whatever_it_looks_like():
+    def read(*words):
+        return cli.parse(words, usage="", options={"tokens": ""}, positional="MODEL", overrides=False, assignments=True, positionals=2)
+
+    found = read("--tokens", "self.name=", "models/a.b=c", "--tokens=os.environ=x", "serve.seed=1", "x=y")
+    assert found.options["tokens"] == ["self.name=", "os.environ=x"]
+    assert (found.words, found.overrides) == (("models/a.b=c", "x=y"), ("serve.seed=1",))
+    with pytest.raises(Refused, match=r"'c' is too much: 2 MODEL is read, a value is set by section\.key=value"):
+        read("a", "b", "c")
+    with pytest.raises(Refused, match="no MODEL is given"):
+        read("serve.seed=1")
+
+
+def test_output_is_opened_before_the_work(tmp_path):
+    with cli.open_output(str(tmp_path / "out"), "a") as file:
+        file.write("a\ud800")
+    assert (tmp_path / "out").read_text() == "a\\ud800"
+    for wrong in ("/proc/x", str(tmp_path), "a\0b"):
+        with pytest.raises(Refused, match=r"--out .*: cannot be written"):
+            cli.open_output(wrong, "a")
+
+
+def test_streams_that_are_not_there_are_no_terminals():
+    closed = io.StringIO()
+    closed.close()
+    assert not any(map(cli.is_terminal, (None, closed, io.StringIO())))
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code"),
+    [(None, 0), (0, 0), (75, 75), (Refused("x.yml:1: no"), 2), (KeyboardInterrupt(), 130), (OSError(28, "No space left", "x"), 1)],
+)
 def test_run_exits_with_the_code(outcome, code, capsys, monkeypatch):
     def main(argv):
         assert argv == ["a", "b"]
@@ -119,7 +153,7 @@ def test_run_exits_with_the_code(outcome, code, capsys, monkeypatch):
     with pytest.raises(SystemExit) as end:
         cli.run(main)
     assert end.value.code == code
-    assert capsys.readouterr().err == ("x.yml:1: no\n" if code == 2 else "")
+    assert capsys.readouterr().err == {1: "x: No space left\n", 2: "x.yml:1: no\n"}.get(code, "")
 
 
 @pytest.mark.parametrize("flag", ["--help", "--print-config"])

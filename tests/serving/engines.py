@@ -1,6 +1,7 @@
 """Engines of tiny models, and switches that need no compilation."""
 
 import contextlib
+import threading
 
 import jax
 import numpy as np
@@ -16,9 +17,9 @@ SIZES = {"vocab_size": 61, "embed": 32, "mlp": 48, "num_layers": 3, "num_heads":
 SERVE = {"max_requests": 6, "block": 8, "num_blocks": 4, "page_size": 4}
 
 
-def build(serve=None, devices=1, axes=None, layers="unroll", change=lambda model: model, **model):
-    """An engine on random weights, which `change` may replace, and its model."""
-    config = schema.Config.model_validate(
+def config_of(axes=None, serve=None, layers="unroll", **model):
+    """The config of a tiny model."""
+    return schema.Config.model_validate(
         {
             "model": SIZES | {"layers": layers} | model,
             "precision": {"compute": "float32"},
@@ -27,6 +28,11 @@ def build(serve=None, devices=1, axes=None, layers="unroll", change=lambda model
             "serve": SERVE | (serve or {}),
         }
     )
+
+
+def build(serve=None, devices=1, axes=None, layers="unroll", change=lambda model: model, **model):
+    """An engine on random weights, which `change` may replace, and its model."""
+    config = config_of(axes, serve, layers, **model)
     layout = Layout(mesh.make_mesh(config.mesh, jax.devices()[:devices]), config.mesh.rules)
     described = Decoder(config.model, config.precision, schema.Remat(policy="none"))
     placed = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), described, shardings(described, layout))
@@ -66,6 +72,25 @@ def run(engine, *requests):
         engine.step()
         engine.scheduler.check()
     return [request.tokens[len(request.prompt) :] for request in requests]
+
+
+def within(action, seconds=60):
+    """The result of an action, in a thread of its own that has so many seconds; raises what it raised."""
+    found = []
+
+    def run():
+        try:
+            found.append((action(), None))
+        except BaseException as error:
+            found.append((None, error))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert found, f"still waiting after {seconds} s"
+    if found[0][1] is not None:
+        raise found[0][1]
+    return found[0][0]
 
 
 @contextlib.contextmanager

@@ -1,11 +1,15 @@
 """Texts in and out: from several threads, as a stream, with asyncio, scored; and what the user is told when it goes wrong."""
 
 import asyncio
+import gc
+import re
 import threading
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from engines import within
 
 import maxtrain
 from maxtrain import LLM, SamplingParams
@@ -135,6 +139,176 @@ def test_what_breaks_the_engine_reaches_whoever_waits(llm, monkeypatch):
     assert llm.generate("x", GREEDY)[0].error is None
 
 
+def donate_and_fail(llm, monkeypatch, times=1):
+    """The next steps are computed, so that the state they began with is gone, and then raise."""
+    real, left = llm.engine.programs.step, [times]
+
+    def step(*args):
+        state, outputs = real(*args)
+        if left[0]:
+            left[0] -= 1
+            jax.tree.map(lambda x: x.delete(), state)
+            raise RuntimeError("RESOURCE_EXHAUSTED")
+        return state, outputs
+
+    monkeypatch.setattr(llm.engine.programs, "step", step)
+
+
+def test_after_a_real_step_that_failed_the_engine_goes_on_without_what_it_had_cached(llm, monkeypatch):
+    want = llm.generate("copy ab copy", GREEDY)[0].token_ids
+    assert llm.generate("copy ab copy", GREEDY)[0].cached_tokens > 0
+    donate_and_fail(llm, monkeypatch)
+    with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
+        within(lambda: llm.generate("copy ab copy", GREEDY))
+    (after,) = within(lambda: llm.generate("copy ab copy", GREEDY))
+    assert (after.token_ids, after.cached_tokens) == (want, 0)
+    donate_and_fail(llm, monkeypatch)
+    with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
+        within(lambda: list(llm.stream("copy ab copy", GREEDY)))
+    donate_and_fail(llm, monkeypatch)
+    with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
+        within(lambda: llm.score(["copy"], [" ab"]))
+    donate_and_fail(llm, monkeypatch)  # those that wait for a place are not ended by it
+    found, threads = [], []
+    for index in range(8):
+        threads.append(threading.Thread(target=lambda: found.append(ended(llm, GREEDY)), daemon=True, name=str(index)))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert 0 < sum(isinstance(item, RuntimeError) for item in found) <= 4
+    assert all(item == want for item in found if not isinstance(item, RuntimeError))
+    llm.engine.scheduler.check()
+    assert llm.engine.scheduler.pool.num_held == 0
+
+
+def ended(llm, params):
+    try:
+        return llm.generate("copy ab copy", params)[0].token_ids
+    except RuntimeError as error:
+        return error
+
+
+def test_weights_loaded_during_traffic_lose_no_request(llm):
+    assert not llm.engine.programs.on_one_cpu  # so that it serves the weights as they were handed to it
+    weights, want = llm.engine.model, llm.generate("copy ab", GREEDY)[0].token_ids
+    found, done = [], threading.Event()
+
+    def ask():
+        for _ in range(10):
+            found.append(llm.generate("copy ab", GREEDY)[0].token_ids)
+
+    threads = [threading.Thread(target=ask, daemon=True) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads) and not done.wait(0.01):
+        within(lambda: llm.load(weights))
+    assert found == [want] * 40
+
+
+def test_a_forgotten_stream_and_a_closed_event_loop_end_their_own_request_alone(llm, caplog):
+    endless = SamplingParams(max_tokens=50, ignore_eos=True)
+    stream = llm.stream("copy", endless)
+    next(stream)
+    circle = [stream]
+    circle.append(circle)
+    del stream, circle
+    within(lambda: llm.driver.do(gc.collect))
+
+    async def leaves():
+        async for _ in llm.astream("copy", endless):
+            return
+
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(leaves())
+    loop.run_until_complete(asyncio.sleep(0.05))
+    task.cancel()
+    asyncio.set_event_loop(None)
+    loop.close()  # while its request runs
+    del task
+    assert within(lambda: llm.generate("copy ab", GREEDY))[0].error is None
+    assert within(lambda: llm.driver.do(lambda: llm.engine.scheduler.pool.num_held)) == 0
+
+
+def test_whoever_the_engine_calls_is_refused_to_wait_for_it(llm):
+    for ask in (lambda: llm.generate("x"), lambda: llm.score(["x"], ["y"]), lambda: next(llm.stream("x"))):
+        with pytest.raises(Refused, match="cannot wait for it"):
+            within(lambda ask=ask: llm.driver.do(ask))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([1.5], "1.5 at index 0"),
+        ([True, 2], "True at index 0"),
+        ([1, None], "None at index 1"),
+        ([[1]], r"\[1\] at index 0"),
+        (5, "not 5"),
+        (None, "not None"),
+        ("a\ud800", "character 1 is"),
+        ([-1], "the token -1"),
+        ({"role": "user"}, "not {'role'"),
+    ],
+)
+def test_a_prompt_of_a_wrong_form_fails_alone(llm, prompt, message):
+    bad, good = within(lambda: llm.generate([prompt, "copy ab"], GREEDY))
+    assert re.search(message, bad.error)
+    assert good.error is None
+    refused, scored = llm.score([prompt, "copy"], [[66] if not isinstance(prompt, str) else "x", " ab"])
+    assert re.search(message, refused.error)
+    assert scored.error is None
+
+
+def test_arrays_of_integers_are_prompts(llm):
+    want = llm.generate([[65, 66]], GREEDY)[0].token_ids
+    for given in (np.array([65, 66]), jnp.array([65, 66]), [np.array([65, 66], np.uint16)], np.array([[65, 66]])):
+        assert [output.token_ids for output in llm.generate(given, GREEDY)] == [want]
+    assert [delta.token_ids[0] for delta in llm.stream(np.array([65, 66]), GREEDY)] == want
+
+
+def test_a_request_is_taken_up_whole_or_not_at_all(llm, monkeypatch):
+    asked = llm.engine.stats.generated
+    bad = [SamplingParams(max_tokens=3), {"max_tokens": 3}, None, SamplingParams(logit_bias={999: 1.0}, n=3, max_tokens=3)]
+    outputs = within(lambda: llm.generate(["a"] * 4, bad))
+    assert [output.error is None for output in outputs] == [True, False, False, False]
+    assert "the token 999" in outputs[3].error
+    for priority in ("high", 1.5, None):
+        assert "write an integer" in within(lambda priority=priority: llm.generate("a", GREEDY, priority=priority))[0].error
+    with pytest.raises(Refused, match="params is one SamplingParams"):
+        llm.generate("a", {"max_tokens": 3})
+    with pytest.raises(Refused, match="2 continuations are given for 1 prompts"):
+        llm.score(["a"], ["b", "c"])
+    prepare, calls = llm.engine.prepare, []
+
+    def second_fails(**wanted):
+        calls.append(wanted)
+        if len(calls) == 2:
+            raise TypeError("from a tokenizer")
+        return prepare(**wanted)
+
+    monkeypatch.setattr(llm.engine, "prepare", second_fails)
+    (output,) = within(lambda: llm.generate("a", SamplingParams(n=3, max_tokens=3)))
+    assert output.error == "the prompt cannot be read: TypeError: from a tokenizer"
+    assert not llm.engine.busy
+    assert llm.engine.stats.generated - asked <= 3
+
+
+def test_an_output_that_cannot_be_decoded_fails_alone(llm, monkeypatch):
+    decode = llm.tokenizer.decode
+
+    def fails(ids):
+        if 66 in ids:
+            raise ValueError("no such token")
+        return decode(ids)
+
+    monkeypatch.setattr(llm.tokenizer, "decode", fails)
+    params = [SamplingParams(temperature=0.0, max_tokens=4, allowed_token_ids=[token]) for token in (66, 67)]
+    bad, good = within(lambda: llm.generate(["x", "x"], params))
+    assert bad.error == "the tokenizer cannot decode the output: ValueError: no such token"
+    assert good.text == "CCCC"
+
+
 def test_refusals(llm, trained):
     with pytest.raises(Refused, match="n=2: a stream is of one sample"):
         next(llm.stream("x", SamplingParams(n=2)))
@@ -164,7 +338,26 @@ def test_half_characters_wait_and_a_beginning_of_a_stop_is_held_back():
     assert seen == ["a", "a", "aé", "aé", "aé", "aé€", "aé€", "aé€E!", "aé€E!", "aé€E!"]
     stream.push(ord("D"))
     assert (stream.text, stream.stop) == ("aé€E!", "END")
+    stream = TextStream(Bytes(), prompt="é".encode()[:1])  # the prompt ends within a character: its text is not the stream's
+    stream.push(ord("a"))
+    assert stream.text == "a"
     stream = TextStream(Bytes())
     stream.push("é".encode()[0])
     stream.finish()
     assert stream.text == "\ufffd"
+
+
+class Stripped:
+    """A token is a word with its blank; the first word of a text loses it, as SentencePiece has it."""
+
+    def decode(self, ids):
+        return "".join(f" {chr(token)}" for token in ids)[1:]
+
+
+def test_the_first_word_keeps_its_blank():
+    stream, alone = TextStream(Stripped(), stops=[" c"], prompt=[97]), TextStream(Stripped())
+    for token in (98, 99):
+        stream.push(token)
+        alone.push(token)
+    assert (stream.text, stream.stop) == (" b", " c")
+    assert alone.text == "b c"

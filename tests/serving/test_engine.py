@@ -6,10 +6,16 @@ import random
 import jax
 import numpy as np
 import pytest
-from engines import build, log_softmax, logits, padded_logits, run, switched
+from engines import build, config_of, log_softmax, logits, padded_logits, run, switched
 
 from maxtrain import SamplingParams
+from maxtrain.config import schema
 from maxtrain.config.errors import Refused
+from maxtrain.models.decoder import Decoder
+from maxtrain.parallel import mesh, sharding
+from maxtrain.parallel.sharding import Layout
+from maxtrain.serving.programs import Programs
+from maxtrain.serving.step import make_step
 
 MODELS = {
     "llama": {},
@@ -218,6 +224,67 @@ def test_new_weights_never_meet_old_keys(llama):
     assert running.tokens[known:] == rest[known - 1 : -1].argmax(-1).tolist()
     engine.load(model)
     assert (engine.version, engine.stats.relayouts) == (8, before + 2)
+
+
+def test_what_load_reads_is_news_of_the_next_step(llama):
+    engine, model = llama
+    request = engine.add([1, 2, 3], SamplingParams(temperature=0.0, max_tokens=1))
+    assert engine.step() == []
+    engine.load(model)
+    assert (request.finish_reason, engine.busy) == ("length", True)
+    assert engine.step() == [request]
+    assert not engine.busy
+
+
+def test_weights_of_another_model_are_refused_before_anything_is_dropped(llama):
+    engine, model = llama
+    request = engine.add([1, 2, 3], SamplingParams(temperature=0.0, max_tokens=9))
+    engine.step()
+    version = engine.version
+    deleted = jax.tree.map(lambda x: x + 0, model)
+    jax.tree.map(lambda x: x.delete(), deleted)
+    for wrong, message in (
+        (jax.tree.map(lambda x: x[:1], model), "another model's: embedding is float32"),
+        (jax.tree.map(lambda x: x.astype("bfloat16"), model), "another model's: embedding is bfloat16"),
+        (jax.tree.map(np.asarray, model), "have a ndarray as embedding"),
+        (jax.tree.map(lambda x: jax.device_put(x, jax.devices()[1]), model), "have embedding laid out as"),
+        (deleted, "were given away"),
+        ([model, model], "arrays cannot take the place"),
+        ("runs/tiny", "1 arrays cannot take the place"),
+    ):
+        with pytest.raises(Refused, match=message):
+            engine.load(wrong)
+    assert engine.version == version
+    (tokens,) = run(engine, request)
+    assert len(tokens) == 9
+    assert request.preemptions == 0
+
+
+def test_two_engines_in_one_process_share_no_trace():
+    """Layouts of equal shapes: what the second one traces is what it would have traced alone."""
+
+    def traced(axes, model):
+        config = config_of(axes, vocab_size=64)
+        layout = Layout(mesh.make_mesh(config.mesh, jax.devices()), config.mesh.rules)
+        programs = Programs(config, layout, 64)
+        with sharding.use(programs.layout):
+            step = jax.jit(make_step(64, 0)).trace(model, programs.spec, programs._abstract(programs.inputs(programs.shapes[0])))
+        return {tuple(eqn.params["sharding"].mesh.shape.items()) for eqn in equations(step.jaxpr.jaxpr) if "sharding" in eqn.params}
+
+    model = Decoder(config_of({}, vocab_size=64).model, config_of({}).precision, schema.Remat(policy="none"))
+    for axes in ({"tensor": 4, "fsdp": 2}, {"tensor": 2, "fsdp": 4}):
+        (found,) = traced(axes, model)
+        assert {name: size for name, size in found if size > 1} == axes
+
+
+def equations(jaxpr):
+    """All of a program, those within others too."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
 
 
 @pytest.mark.parametrize(
