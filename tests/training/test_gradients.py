@@ -5,12 +5,15 @@ from unittest import mock
 import jax
 import jax.extend
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from programs import build
 
 from maxtrain.config import load
-from maxtrain.ops import grouped_matmul
+from maxtrain.models import moe
+from maxtrain.ops import grouped_matmul, routing
 from maxtrain.parallel import sharding
+from maxtrain.parallel.sharding import path_name
 from maxtrain.training.step import make_train_step
 
 TOKENS = 53  # no other size is a multiple of it, so an array without tokens is one whose size is not
@@ -116,3 +119,57 @@ def _rough(kind):
 @pytest.mark.parametrize("kind", ["sum", "scatter", "carry", "product", "branch", "remat", "devices"])
 def test_a_rough_sum_is_found(kind):
     assert rough_sums(_rough(kind))
+
+
+ROWS, LENGTH, PARTS = 128, 128, 8
+UNBALANCED = ["model.moe.aux_loss=0.0", "model.moe.router_z_loss=0.0"]  # terms that no weight takes out
+MEASURED = {name: FAMILIES[name] for name in ("biases", "tied", "softcaps")}
+MEASURED |= {name: (FAMILIES[name][0], UNBALANCED) for name in ("shared expert", "router and expert biases")}
+MEASURED["shared expert behind a gate"] = ("qwen2-moe-tiny", UNBALANCED)
+NEAR = {"biases", "softcaps"}  # where bfloat16's own rounding of activations leaves the gradients within 2%
+
+
+def frequent_batch(vocab):
+    """16,384 tokens, 6% of them one and the same."""
+    rng = np.random.default_rng(0)
+    tokens = (rng.random((ROWS, LENGTH + 1)) ** 3 * (vocab - 8)).astype(np.int32) + 7
+    tokens[rng.random(tokens.shape) < 0.06] = 5
+    ones, at = np.ones((ROWS, LENGTH), np.int32), np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1))
+    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "positions": at, "segments": ones}
+    return batch | {"weights": ones.astype(np.float32), "source": np.zeros(ROWS, np.int32)}
+
+
+def gradients(preset, compute, *overrides):
+    """A function of the sequences that count, bool [ROWS]: gradients by name, float64, of a program that is the same for all choices."""
+    given = [f"precision.compute={compute}", f"data.batch_size={ROWS}", f"data.length={LENGTH}", "mesh.fsdp=1"]
+    program = build(load(f"configs/models/{preset}.yml", [*given, *overrides]).config)
+    model, batch = program.create(0).model, frequent_batch(program.config.model.vocab_size)
+    gradient = jax.jit(jax.grad(lambda model, batch: program.loss_fn(model, batch)[0]))
+
+    def of(counted):
+        with sharding.use(program.layout):
+            found = jax.device_get(gradient(model, batch | {"weights": batch["weights"] * counted[:, None].astype(np.float32)}))
+        named = {path_name(path): np.asarray(leaf, np.float64) for path, leaf in jax.tree_util.tree_flatten_with_path(found)[0]}
+        return {name: leaf for name, leaf in named.items() if "balance" not in name}  # a count of tokens, whatever counts
+
+    return of
+
+
+def by_position(cfg, logits, bias):
+    """`route` to experts by position: between two of nearly equal scores, rounding alone would choose."""
+    return routing.route(cfg, logits, jnp.asarray(10 * np.random.default_rng(1).random((1, *logits.shape[1:])), jnp.float32))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", MEASURED)
+def test_gradients_in_bfloat16(family, monkeypatch):
+    """Relative L2 against the same forward pass summed in float64, an eighth of the sequences at a time, and against float32."""
+    monkeypatch.setattr(moe, "route", by_position)
+    preset, overrides = MEASURED[family]
+    everything, of = np.ones(ROWS), gradients(preset, "bfloat16", *overrides)
+    whole, parts = of(everything), [of((np.arange(ROWS) % PARTS == part).astype(np.float64)) for part in range(PARTS)]
+    exact = gradients(preset, "float32", *overrides)(everything)
+    for name, found in whole.items():
+        summed = sum(part[name] for part in parts)
+        assert np.linalg.norm(found - summed) <= 0.005 * np.linalg.norm(summed), name
+        assert family not in NEAR or np.linalg.norm(found - exact[name]) <= 0.02 * np.linalg.norm(exact[name]), name
