@@ -52,7 +52,7 @@ class MoeMlp(nnx.Module):
     def __call__(self, x: jax.Array, segments: jax.Array) -> tuple[jax.Array, Balance]:
         """Output [batch, length, embed] and the balancing terms; tokens of segment 0 are padding."""
         router = self.router.get_value().astype(jnp.float32)
-        logits = jnp.einsum("ble,ex->blx", x.astype(jnp.float32), router)
+        logits = jnp.einsum("ble,ex->blx", x.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST)
         if self.router_bias is not None:
             logits += self.router_bias.get_value().astype(jnp.float32)
         balance_bias = None if self.balance_bias is None else self.balance_bias.get_value()

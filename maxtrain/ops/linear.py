@@ -8,6 +8,7 @@ one wants.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -18,6 +19,15 @@ import jax.numpy as jnp
 from maxtrain.parallel.sharding import is_split, platform
 
 T = TypeVar("T")
+
+
+def products_in(compute: str) -> contextlib.AbstractContextManager[None]:
+    """Within it, the products of a model that computes in this format are traced at its full precision.
+
+    Left to their default, TPUs multiply float32 in one pass of bfloat16 and NVIDIA's GPUs in TF32. The whole program is traced within,
+    since a backward pass is traced after the forward pass has returned.
+    """
+    return jax.default_matmul_precision("highest" if compute == "float32" else None)
 
 
 def settle(values: T) -> T:

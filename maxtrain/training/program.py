@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from maxtrain.config import schema
 from maxtrain.ops import backends
+from maxtrain.ops.linear import products_in
 from maxtrain.parallel import context, sharding
 from maxtrain.parallel.sharding import Layout
 from maxtrain.training import state as states
@@ -52,7 +53,7 @@ class Program:
     def lower_step(self) -> Any:
         """The train step, ready to compile: (state, batch, stop) -> (state, metrics), the old state's memory given to the new."""
         out = jax.tree.map(lambda s: s.sharding, self.state), self.layout.sharding()
-        with sharding.use(self.layout):
+        with sharding.use(self.layout), products_in(self.config.precision.compute):
             step = jax.jit(make_train_step(self.config, self.loss_fn), donate_argnums=0, out_shardings=out)
             return step.lower(self.state, self.batch(self.config.data.batch_size, self.config.data.length), self.stop)
 
@@ -63,7 +64,7 @@ class Program:
             sums = self.loss_fn(model, batch)[1]
             return {name: sums[name] for name in ("loss", "tokens")}  # what only training needs is not computed
 
-        with sharding.use(self.layout):
+        with sharding.use(self.layout), products_in(self.config.precision.compute):
             step = jax.jit(evaluate, out_shardings=self.layout.sharding())
             return step.lower(self.state.model, self.batch(rows, length))
 
