@@ -23,6 +23,7 @@ from maxtrain.config.section import (
     Dtype,
     Fraction,
     FrozenDict,
+    MomentDecay,
     NonNegativeFloat,
     NonNegativeInt,
     Path,
@@ -197,9 +198,9 @@ class Optimizer(Section):
 
     kind: Literal["adamw"] = "adamw"
     """`adamw`: Adam with decoupled weight decay."""
-    b1: Fraction = 0.9
+    b1: MomentDecay = 0.9
     """Decay of the first moment."""
-    b2: Fraction = 0.95
+    b2: MomentDecay = 0.95
     """Decay of the second moment."""
     eps: PositiveFloat = 1e-8
     """Added to the root of the second moment."""
@@ -256,6 +257,8 @@ class Precision(Section):
     """Format the parameters are kept in."""
     moments: Dtype = "float32"
     """Format of the optimizer's first moment."""
+    second_moment: Dtype = "float32"
+    """Format of the optimizer's second moment; in bfloat16 it all but stands still when `optimizer.b2` is near 1."""
 
 
 class Remat(Section):

@@ -47,6 +47,7 @@ Number = Annotated[float, Field(ge=-MAX_FLOAT, le=MAX_FLOAT)]
 PositiveFloat = Annotated[float, Field(gt=0, le=MAX_FLOAT)]
 NonNegativeFloat = Annotated[float, Field(ge=0, le=MAX_FLOAT)]
 PositiveFloats = Annotated[tuple[PositiveFloat, ...], BeforeValidator(freeze)]
+MomentDecay = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 

@@ -25,6 +25,7 @@ from maxtrain.training import state as states
 from maxtrain.training.evaluation import Evaluator, make_sets
 from maxtrain.training.hardware import memory_peak_bytes, peak_tflops
 from maxtrain.training.metrics import Recorder
+from maxtrain.training.optimizer import check_trainable
 from maxtrain.training.program import Program, local_rows, make_program, put_batch, put_stop
 from maxtrain.training.signals import STOPPED, StopSignal
 from maxtrain.training.state import TrainState
@@ -80,6 +81,7 @@ class Trainer:
 
     def prepare(self) -> None:
         """Data first (no device is touched for input that will be refused), then devices, programs and state."""
+        check_trainable(self.config)
         os.makedirs(self.config.run.folder, exist_ok=True)
         self.config, self.source = pretrained.settle(self.config)
         self.tokenizer: Tokenizer = load_tokenizer(self.config.data)

@@ -112,8 +112,8 @@ def make_train_step(config: schema.Config, loss_fn: LossFn) -> Callable[..., tup
         model, opt_state = jax.tree.map(lambda after, before: jnp.where(ok, after, before), new, (state.model, state.opt_state))
         metrics = sums | {"objective": total / tokens, "grad_norm": norm, "param_norm": optax.tree.norm(model), "lr": lr, "skipped": ~ok}
         metrics |= {"skipped_in_a_row": guard.skipped_in_a_row, "stop": stop.max()}
-        moments = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(opt_state) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-        metrics["finite"] = jnp.isfinite(metrics["param_norm"]) & jnp.stack(moments).all()
+        moments = [jnp.abs(leaf).max() for leaf in jax.tree.leaves(opt_state) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+        metrics["finite"] = jnp.isfinite(metrics["param_norm"]) & jnp.isfinite(jnp.stack(moments).astype(jnp.float32)).all()
         return TrainState(model, opt_state, state.step + 1, state.data_step + 1, guard), metrics
 
     return step
