@@ -90,7 +90,7 @@ def _sampling(place: str, usual: SamplingParams, given: Mapping[str, Any]) -> Sa
 def generate(llm: LLM, prompts: Sequence[Asked]) -> list[Output]:
     """The outputs in the order of the prompts, conversations answered by the chat template."""
     params = [_sampling("serve.sampling", llm.config.serve.sampling, asked.sampling) for asked in prompts]
-    outputs = dict[int, Output]()
+    outputs: dict[int, Output] = {}
     for ask, talk in ((llm.chat, True), (llm.generate, False)):
         chosen = [index for index, asked in enumerate(prompts) if forms.is_conversation(asked.prompt) == talk]
         given = [prompts[index].prompt for index in chosen]
