@@ -103,7 +103,8 @@ class Model(Section):
     layer_pattern: Strings = ("layer",)
     """Kinds of the layers of one period; repeated over the body, cut off at `num_layers`."""
     layers: Literal["auto", "scan", "unroll"] = "auto"
-    """`scan` compiles one period whatever the depth, `unroll` is faster on CPU; `auto` chooses by platform. Checkpoints are the same."""
+    """`scan` compiles one period whatever the depth, `unroll` is faster on CPU; `auto` unrolls there unless `remat.policy` is to save
+    memory, which it only does in a loop. Checkpoints are the same."""
     init_scale: PositiveFloat = 1.0
     """Factor on the standard deviation of the initial weights (1 / sqrt(fan in); 0.02 for embeddings)."""
     init_from: Path | None = None

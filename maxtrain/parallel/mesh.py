@@ -147,8 +147,9 @@ def resolve(config: schema.Config, mesh: jax.sharding.Mesh) -> schema.Config:
 
 def settle(config: schema.Config, on_cpu: bool, staged: bool = False) -> schema.Config:
     """The config with every `auto` settled for CPUs, or for accelerators; the stages of a pipeline share stacked layers."""
+    unroll = on_cpu and not staged and config.remat.policy == "none"  # unrolled, XLA:CPU computes nothing again: it merges equal layers
     settled = {
-        "model": {"layers": "unroll" if on_cpu and not staged else "scan"} if config.model.layers == "auto" else {},
+        "model": {"layers": "unroll" if unroll else "scan"} if config.model.layers == "auto" else {},
         "precision": {"compute": "float32" if on_cpu else "bfloat16"} if config.precision.compute == "auto" else {},
     }
     return config.model_copy(update={name: getattr(config, name).model_copy(update=new) for name, new in settled.items() if new})
