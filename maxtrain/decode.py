@@ -81,7 +81,7 @@ def _sampling(place: str, usual: SamplingParams, given: Mapping[str, Any]) -> Sa
     """The parameters of a request: those that are usual, but for what it gives. A temperature of 0 takes back what only samples read."""
     kept = usual.model_dump(include=usual.changed - (SAMPLES if given.get("temperature") == 0 else set()))
     try:
-        return SamplingParams.model_validate(kept | given)
+        return SamplingParams.model_validate({**kept, **given})
     except ValidationError as error:
         found = [f"{place}: {'.'.join(map(str, item['loc']))}: {item['msg']}".replace(": :", ":") for item in error.errors()]
         raise Refused("\n".join(found)) from None

@@ -11,7 +11,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, TextIO, TypeVar
+from typing import Any, NoReturn, TextIO, TypeVar, cast
 
 from pydantic import TypeAdapter
 from pydantic.fields import FieldInfo
@@ -206,7 +206,7 @@ def open_output(path: str, mode: str) -> TextIO:
         Refused: it cannot be written.
     """
     try:
-        return open(expand(path, "--out"), mode, encoding="utf-8", errors="backslashreplace")
+        return cast(TextIO, open(expand(path, "--out"), mode, encoding="utf-8", errors="backslashreplace"))
     except (OSError, ValueError) as error:
         if isinstance(error, Refused):
             raise

@@ -96,7 +96,7 @@ def added_by_itself(backend: Backend) -> tuple[tuple[int, ...], tuple[int, ...]]
 
 def surround(backend: Backend, begin: Sequence[int], behind: Sequence[int] = ()) -> None:
     """Make the post-processor put the ids `begin` before a text and `behind` behind it."""
-    texts = {index: backend.id_to_token(index) for index in (*begin, *behind)}
+    texts = {index: backend.id_to_token(index) or "" for index in (*begin, *behind)}
     # a template cannot spell every name
     names = {index: text if re.fullmatch(r"[^\s:$]+", text) else f"token{index}" for index, text in texts.items()}
     single = [*(names[index] for index in begin), "$A", *(names[index] for index in behind)]

@@ -53,18 +53,18 @@ def build_once(
     Raises:
         Refused: the folder cannot be written, or what `write` raises.
     """
-    found, wrong = _find(folder, load, check, whole)
-    if found is not None:
-        return found
+    kept = _find(folder, load, check, whole)
+    if kept[0] is not None:
+        return kept[0]
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with open(f"{folder}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            found, wrong = _find(folder, load, check, whole)
-            if found is not None:
-                return found
-            if wrong:
-                say(f"{folder}: damaged, so it is made anew: {'; '.join(wrong[:5])}")
+            now = _find(folder, load, check, whole)
+            if now[0] is not None:
+                return now[0]
+            if now[1]:
+                say(f"{folder}: damaged, so it is made anew: {'; '.join(now[1][:5])}")
             draft = Path(f"{folder}.{socket.gethostname()}.draft")
             shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed: it held the lock
             draft.mkdir()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -122,7 +123,7 @@ class Tokenizer:
         """
         raise Refused("the model has no chat template: give it a prompt instead")
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the files that `load_saved` reads."""
         raise NotImplementedError
 
@@ -147,7 +148,7 @@ class ByteTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(i for i in ids if i < 256).decode(errors="replace")
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | os.PathLike[str]) -> None:
         text = tokenizer_files.begun(bpe.bytes_only().to_str(), self.boundaries, trained=True)
         config = tokenizer_files.described({"kind": "byte"}, text, self.fingerprint, bos=BOS, eos=EOS, trained=True)
         files = {tokenizer_files.CONFIG: tokenizer_files.as_json(config), "tokenizer.json": text.encode()}
@@ -172,7 +173,7 @@ class JsonTokenizer(Tokenizer):
         self._bos, self._eos = (named.text(role, vocab, path) for role in ("bos", "eos"))
         if self._eos is None:
             raise Refused(f"{path}: no end-of-document token is known; name it as eos_token in a tokenizer_config.json beside it")
-        tokens = named.tokens | {"bos": self._bos, "eos": self._eos}
+        tokens = {**named.tokens, "bos": self._bos, "eos": self._eos}
         backends.mark_special(self._backend, [token for token in tokens.values() if token in vocab])
         self._beside = tokenizer_files.read_beside(path.parent)
         self._template = _template(path.parent, self._beside, named.config)
@@ -260,7 +261,7 @@ class JsonTokenizer(Tokenizer):
         found = max((content for content in added if content and behind.startswith(content)), key=len, default=None)
         return frozenset() if found is None else frozenset({added[found]})
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | os.PathLike[str]) -> None:
         files, trained = dict(self._beside), self._trained
         text = tokenizer_files.begun(self._text, self.boundaries, trained=trained)
         if text != self._text or tokenizer_files.CONFIG not in files:
@@ -337,7 +338,7 @@ def load_tokenizer(cfg: schema.Data) -> Tokenizer:
     return KINDS[cfg.tokenizer.kind](cfg).as_trained()
 
 
-def load_saved(folder: str | Path) -> Tokenizer:
+def load_saved(folder: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer that `save` wrote to `folder`, or one of Hugging Face's; `Refused` if there is none."""
     folder = Path(folder)
     if read_named(folder).config.get("kind") == "byte":

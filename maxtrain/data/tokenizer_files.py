@@ -65,8 +65,9 @@ def described(config: Mapping[str, Any], text: str, fingerprint: str, *, bos: st
 def original(config: Mapping[str, Any], plain: str) -> str | None:
     """The fingerprint of the tokenizer that files of the fingerprint `plain` stand for; None where they stand for themselves."""
     record = config.get("fingerprint")
-    stands = isinstance(record, dict) and record.get("files") == plain and isinstance(record.get("tokenizer"), str)
-    return record["tokenizer"] if stands else None
+    if not isinstance(record, dict) or record.get("files") != plain or not isinstance(record.get("tokenizer"), str):
+        return None
+    return record["tokenizer"]
 
 
 def generation(old: bytes | None, boundaries: Boundaries, place: str) -> bytes:

@@ -52,9 +52,9 @@ def tied(tokens: T, to: jax.Array) -> T:
 
 
 class Spans(NamedTuple):
-    """How a sequence is cut: `count` spans of `size` tokens, the last filled up; a span's blocks see `halo` tokens before it."""
+    """How a sequence is cut: `num` spans of `size` tokens, the last filled up; a span's blocks see `halo` tokens before it."""
 
-    count: int
+    num: int
     size: int
     halo: int
 
@@ -70,11 +70,11 @@ class Spans(NamedTuple):
     @property
     def length(self) -> int:
         """With what the last span is filled up by."""
-        return self.count * self.size
+        return self.num * self.size
 
     def blocks(self, window: int | None) -> list[tuple[slice, slice]]:
         """Blocks of a span's queries with the keys each may see, counted from `halo` tokens before the span."""
-        most = MAX_BLOCKS if self.count == 1 or self.halo else MAX_BLOCKS // 2  # masked keys weigh less in what sees many besides
+        most = MAX_BLOCKS if self.num == 1 or self.halo else MAX_BLOCKS // 2  # masked keys weigh less in what sees many besides
         step = max(MIN_BLOCK, -(-self.size // most))
         ends = [(at, min(at + step, self.size)) for at in range(0, self.size, step)]
         return [(slice(at, end), slice(max(0, self.halo + at + 1 - window) if window else 0, self.halo + end)) for at, end in ends]
@@ -185,7 +185,7 @@ def own(rows: Any, keys: Keys, at_keys: Any, first: Callable[..., tuple[Any, Any
             found.append(mine)
         return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *found), sums
 
-    if spans.count == 1:
+    if spans.num == 1:
         return span(rows, tokens, keys)
 
     def step(at_keys: Any, start: jax.Array) -> tuple[Any, Any]:
@@ -194,7 +194,7 @@ def own(rows: Any, keys: Keys, at_keys: Any, first: Callable[..., tuple[Any, Any
         before = part(at_keys, start, spans.size + spans.halo, reach)
         return _put(at_keys, jax.tree.map(jnp.add, before, theirs), start, reach), mine
 
-    at_keys, found = jax.lax.scan(step, at_keys, jnp.arange(spans.count) * spans.size)
+    at_keys, found = jax.lax.scan(step, at_keys, jnp.arange(spans.num) * spans.size)
     at_rows, at_keys = _over(spans, spans.earlier(window), (rows, tokens), keys, (_joined(found), at_keys), tile, window)
     return _static(at_rows, slice(0, length), spans.length), _static(at_keys, slice(spans.halo, spans.halo + length), reach)
 
