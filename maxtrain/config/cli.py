@@ -221,8 +221,8 @@ def is_terminal(stream: Any) -> bool:
 def run(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     """Run an entry and exit with its code (0 for None).
 
-    2 and a message without traceback for `Refused`, 1 and a message for what the system refuses (a full disk), 130 for Ctrl-C, 0 if
-    whoever reads the output (`| head`) has seen enough.
+    2 and a message without traceback for `Refused`, 1 and a message for what the system refuses (a full disk, no more memory), 130 for
+    Ctrl-C, 0 if whoever reads the output (`| head`) has seen enough.
     """
     if sys.stdout is not None and isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a character is no reason to end
@@ -238,6 +238,11 @@ def run(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
         code = 0
     except OSError as error:
         print(f"{error.filename}: {error.strerror}" if error.filename else str(error), file=sys.stderr)
+        code = 1
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):  # how XLA says it
+            raise
+        print(f"the memory does not suffice: {' '.join(str(error).split())[:300]}; --dry-run shows what takes it", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
         code = 130

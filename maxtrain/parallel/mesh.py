@@ -69,6 +69,11 @@ def start(run: schema.Run, mesh: schema.Mesh) -> None:
             initialization_timeout=JOIN_SECONDS + 30,
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
+    except ValueError as error:  # what was not given was not found either
+        raise Refused(
+            f"mesh.num_processes={mesh.num_processes}: no cluster says who the processes are ({error}): "
+            "set mesh.coordinator, mesh.num_processes and mesh.process_id"
+        ) from error
     finally:
         timer.cancel()
     if mesh.num_processes not in ("auto", jax.process_count()):
