@@ -7,13 +7,13 @@ the same. A backend that was asked for and cannot is refused with the reason; `t
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 
 from maxtrain.config import schema
 from maxtrain.config.errors import Refused
 from maxtrain.ops.causal_attention import Options, causal_attention
+from maxtrain.ops.cudnn_attention import cudnn_attention
 from maxtrain.ops.splash_attention import BLOCK, splash_attention
 from maxtrain.parallel import context
 from maxtrain.parallel.sharding import Layout
@@ -29,6 +29,7 @@ class Backend:
     softcap, sinks, unequal: whether it has the cap of scores, sinks, and keys that are wider than values.
     length, width: what the length of sequences and the width of heads must be a multiple of.
     widest: the widest head.
+    capability: the least compute capability of a GPU.
     """
 
     attention: Attention
@@ -40,36 +41,39 @@ class Backend:
     length: int = 1
     width: int = 1
     widest: int | None = None
-
-
-def cudnn_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, sinks: jax.Array | None, options: Options, by: Any = "cudnn"
-) -> jax.Array:
-    """`causal_attention` by cuDNN's flash attention, its documents as a mask [batch, 1, length, length]; by: JAX's name of who does it."""
-    assert sinks is None, "refused by the table below"
-    assert options.softcap is None, "refused by the table below"
-    together = (segments[:, :, None] == segments[:, None])[:, None]
-    window = None if options.window is None else (options.window - 1, 0)
-    return jax.nn.dot_product_attention(q, k, v, mask=together, scale=1.0, is_causal=True, local_window_size=window, implementation=by)
+    capability: tuple[int, int] | None = None
 
 
 BACKENDS: Mapping[str, Backend] = {
     "splash": Backend(splash_attention, ("tpu",), ("bfloat16", "float32"), length=BLOCK),
     "cudnn": Backend(
-        cudnn_attention, ("gpu",), ("bfloat16", "float16"), softcap=False, sinks=False, unequal=False, length=2, width=8, widest=128
+        cudnn_attention,
+        ("gpu",),
+        ("bfloat16", "float16"),
+        softcap=False,
+        sinks=False,
+        unequal=False,
+        length=2,
+        width=8,
+        widest=256,
+        capability=(9, 0),
     ),
     "xla": Backend(causal_attention),
 }
-AUTOMATIC = ("splash", "xla")  # cudnn has neither been run nor compiled, and must be asked for
+AUTOMATIC = ("splash", "xla")  # cudnn has not been run, and must be asked for
 
 
 def reason_against(name: str, config: schema.Config, layout: Layout) -> str | None:
     """Why a backend cannot compute the attention of a resolved config on a layout; None if it can."""
-    backend, model, platform = BACKENDS[name], config.model, layout.mesh.devices.flat[0].platform
+    backend, model, device = BACKENDS[name], config.model, layout.mesh.devices.flat[0]
+    platform = device.platform
     if layout.parts("length") > 1 and layout.exchange == "ring" and name != "xla":
         return "ring attention computes its own blocks: set mesh.context_attention to all_to_all"
     if backend.platforms is not None and platform not in backend.platforms:
         return f"it runs on {', '.join(backend.platforms)}, and the devices are of the platform {platform}"
+    if backend.capability is not None and not _capable(device, backend.capability):
+        least = ".".join(map(str, backend.capability))
+        return f"it takes an NVIDIA GPU of compute capability {least}, and this one has {getattr(device, 'compute_capability', 'none')}"
     if backend.dtypes is not None and config.precision.compute not in backend.dtypes:
         return f"precision.compute={config.precision.compute}, and it computes in {', '.join(backend.dtypes)}"
     for key, length in context.lengths(config).items():
@@ -86,6 +90,12 @@ def reason_against(name: str, config: schema.Config, layout: Layout) -> str | No
     if model.attention_sinks and not backend.sinks:
         return "model.attention_sinks=true, and it has none"
     return None
+
+
+def _capable(device: jax.Device, least: tuple[int, int]) -> bool:
+    """Whether a GPU has at least this compute capability, as NVIDIA numbers it."""
+    major, _, minor = str(getattr(device, "compute_capability", "")).partition(".")
+    return major.isdecimal() and minor.isdecimal() and (int(major), int(minor)) >= least
 
 
 def chosen(config: schema.Config, layout: Layout) -> str:
