@@ -81,7 +81,7 @@ def _sampling(place: str, usual: SamplingParams, given: Mapping[str, Any]) -> Sa
     """The parameters of a request: those that are usual, but for what it gives. A temperature of 0 takes back what only samples read."""
     kept = usual.model_dump(include=usual.changed - (SAMPLES if given.get("temperature") == 0 else set()))
     try:
-        return SamplingParams.model_validate(kept | given)
+        return SamplingParams.model_validate({**kept, **given})
     except ValidationError as error:
         found = [f"{place}: {'.'.join(map(str, item['loc']))}: {item['msg']}".replace(": :", ":") for item in error.errors()]
         raise Refused("\n".join(found)) from None
@@ -90,7 +90,7 @@ def _sampling(place: str, usual: SamplingParams, given: Mapping[str, Any]) -> Sa
 def generate(llm: LLM, prompts: Sequence[Asked]) -> list[Output]:
     """The outputs in the order of the prompts, conversations answered by the chat template."""
     params = [_sampling("serve.sampling", llm.config.serve.sampling, asked.sampling) for asked in prompts]
-    outputs = dict[int, Output]()
+    outputs: dict[int, Output] = {}
     for ask, talk in ((llm.chat, True), (llm.generate, False)):
         chosen = [index for index, asked in enumerate(prompts) if forms.is_conversation(asked.prompt) == talk]
         given = [prompts[index].prompt for index in chosen]

@@ -11,7 +11,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, TextIO, TypeVar
+from typing import Any, Literal, NoReturn, TextIO, TypeVar
 
 from pydantic import TypeAdapter
 from pydantic.fields import FieldInfo
@@ -185,7 +185,7 @@ def number(arguments: Arguments, name: str, kind: type[Number], *, minimum: Numb
     return value
 
 
-def open_output(path: str, mode: str) -> TextIO:
+def open_output(path: str, mode: Literal["a", "w"]) -> TextIO:
     """The file of `--out`, opened before the work whose results it is for; half a character is written as JSON spells it.
 
     Raises:
