@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,8 +16,10 @@ __all__ = ["LLM", "SamplingParams", "load"]
 __version__ = "0.1.0"
 
 
-def load(path: str | os.PathLike[str]) -> Pretrained:
+def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Pretrained:
     """A trained model: a run of MaxTrain or one of its checkpoints, a folder of Hugging Face's, or a GGUF file.
+
+    `overrides` are `section.key=value` that do not change what it computes, such as `model.ignore_fields=[name]`.
 
     Returns: an object with `.config`, `.tokenizer` (None where there is none) and `.model`; calling it with tokens
     int32 [batch, length] gives logits float32 [batch, length, vocab].
@@ -26,7 +29,7 @@ def load(path: str | os.PathLike[str]) -> Pretrained:
     """
     from maxtrain.training.pretrained import load_pretrained  # jax only from here on
 
-    return load_pretrained(path)
+    return load_pretrained(path, overrides)
 
 
 def __getattr__(name: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from maxtrain.config import Refused, cli, load
+from maxtrain.config import Refused, cli
 
 USAGE = "python -m maxtrain.compile [CONFIG.yml] topology=GENERATION:CHIPS [slices=N] [decode=true] [--plan] [section.key=value ...]"
 OPTIONS = {
@@ -21,7 +21,7 @@ def main(argv: Sequence[str]) -> int:
     words = [f"--{word}" if word.partition("=")[0] in OPTIONS and "=" in word else word for word in argv]
     arguments = cli.parse(words, usage=USAGE, flags=FLAGS, options=OPTIONS)
     topology, slices, decode = _options(arguments.options)
-    config = load(arguments.config, arguments.overrides).config
+    config = cli.load_config(arguments)
     from maxtrain.training import compilation, planner, pretrained  # jax only from here on
     from maxtrain.training.topology import GENERATIONS, OPEN_RINGS, devices_of
 

@@ -9,6 +9,7 @@ from maxtrain.config import cli
 from maxtrain.config.cli import Arguments
 from maxtrain.config.errors import Refused
 from maxtrain.config.keys import did_you_mean
+from maxtrain.config.paths import expand
 
 USAGE = """python -m maxtrain.convert VERB FROM OUT [section.key=value ...]
        from-hf DIR OUT     a folder of Hugging Face's (config.json, safetensors) to a run that train, evaluate and decode open
@@ -16,6 +17,7 @@ USAGE = """python -m maxtrain.convert VERB FROM OUT [section.key=value ...]
        to-hf RUN DIR       the newest checkpoint of a run, or <run>/checkpoints/<step>, to a folder of Hugging Face's"""
 OPTIONS = {
     "family": "to-hf: the model_type to write; by default the first that describes the model.",
+    "around": "to-hf: a folder with images or sound around the same language model (Gemma 3, Mistral 3): all else in it is written too.",
     "dtype": "to-hf: format of the weights, float32, bfloat16 or float16; by default the one they are kept in.",
 }
 
@@ -30,11 +32,14 @@ def _one(arguments: Arguments, name: str, allowed: Sequence[str] = ()) -> str | 
 def _import(opener: str) -> Callable[[str, str, Arguments, Sequence[str]], str]:
     def run(source: str, out: str, arguments: Arguments, overrides: Sequence[str]) -> str:
         if any(arguments.options.values()):
-            raise Refused("--family and --dtype are for to-hf; the format of an imported model is set by precision.params=bfloat16")
+            raise Refused(
+                "--family, --around and --dtype are for to-hf; the format of an imported model is set by precision.params=bfloat16"
+            )
         from maxtrain.checkpoint import gguf, huggingface
         from maxtrain.training import pretrained
 
-        found = huggingface.Folder(source) if opener == "from-hf" else gguf.File(source)
+        ignore, overrides = pretrained.ignored_fields(overrides)
+        found = huggingface.Folder(source, ignore) if opener == "from-hf" else gguf.File(source, ignore)
         pretrained.import_model(found, out, overrides)
         count = sum(math.prod(shape) for shape in found.shapes.values())
         return f"{out}: {found.family.model_type}, {count:,} numbers in {len(found.shapes)} tensors"
@@ -43,13 +48,16 @@ def _import(opener: str) -> Callable[[str, str, Arguments, Sequence[str]], str]:
 
 
 def _export(source: str, out: str, arguments: Arguments, overrides: Sequence[str]) -> str:
+    from maxtrain.checkpoint import huggingface
+    from maxtrain.training import pretrained
+
+    ignore, overrides = pretrained.ignored_fields(overrides)
     if overrides:
         raise Refused(f"{overrides[0]}: to-hf takes no config keys: the model is written as it is")
     dtype = _one(arguments, "dtype", ("float32", "bfloat16", "float16"))
-    family = _one(arguments, "family")
-    from maxtrain.training import pretrained
-
-    config = pretrained.export_model(source, out, family=family, dtype=dtype)
+    family, around = _one(arguments, "family"), _one(arguments, "around")
+    outer = None if around is None else huggingface.Folder(expand(around, "--around"), ignore)
+    config = pretrained.export_model(source, out, family=family, dtype=dtype, around=outer)
     return f"{out}: {config['model_type']} in {config['dtype']}"
 
 

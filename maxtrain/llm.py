@@ -21,7 +21,7 @@ class LLM(api.LLM):
 
     Args:
         path: a run of MaxTrain or one of its checkpoints, a folder of Hugging Face's, or a GGUF file.
-        overrides: `section.key=value` of the sections serve, mesh and precision.
+        overrides: `section.key=value` of the sections serve, mesh and precision, and `model.ignore_fields`.
         serve: keys of the section `serve`, such as `max_requests=64`.
 
     Raises:

@@ -29,7 +29,7 @@ def maxtrain_step(model: dict, batch: int, length: int):
     from maxtrain.models import flops
     from maxtrain.parallel import mesh
     from maxtrain.parallel.sharding import Layout
-    from maxtrain.training.program import make_program, put_batch
+    from maxtrain.training.program import make_program, put_batch, put_stop
 
     config = schema.Config(
         model=schema.Model(**model),
@@ -50,11 +50,11 @@ def maxtrain_step(model: dict, batch: int, length: int):
         "weights": np.ones((batch, length), np.float32),
         "source": np.zeros(batch, np.int32),
     }
-    spec = program.batch(batch, length)
+    spec, stop = program.batch(batch, length), put_stop(False, program.stop)
 
     def step() -> float:
         nonlocal state
-        state, metrics = compiled(state, put_batch(host, spec, list(range(batch))))
+        state, metrics = compiled(state, put_batch(host, spec, list(range(batch))), stop)
         return float(jax.device_get(metrics["objective"]))
 
     return step, flops.training(config.model, length)

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, logging
 from maxtrain.checkpoint import huggingface
 
 PATH = pathlib.Path(__file__).parents[1] / "tests" / "models" / "test_families.py"
+sys.path.insert(0, str(PATH.parent))  # for what it shares with the tests beside it
 SPEC = importlib.util.spec_from_file_location("family_cases", PATH)
 tests = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(tests)

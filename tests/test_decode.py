@@ -225,7 +225,7 @@ def test_a_chat_outlives_what_is_refused(monkeypatch):
         (["--prompt", "x", "--out", "a", "--out", "b"], "--out is given 2 times"),
         (["--prompt", "x", "--out", "/proc/x"], "--out /proc/x: cannot be written"),
         (["--prompt", "x" * 61, "--tokens", "4"], "a prompt of 62 tokens and max_tokens=4 exceed the context of 64"),
-        (["--prompt", "x", "model.embed=3"], "only serve, mesh and precision can be set"),
+        (["--prompt", "x", "model.embed=3"], "a trained model is served as it is; set serve, mesh, precision"),
         (["--prompt", "x", "mesh.stage=2"], "mesh.stage=2: serving has no pipeline"),
         (["--prompt", "x", "serve.page=3"], "unknown key serve.page"),
         (["--prompt", "x", "--tokens=3", "serve.sampling.max_tokens=4"], "set twice"),

@@ -1,5 +1,6 @@
 """The command `python -m maxtrain.train`: exit codes, the dry run, and runs that are killed or run out of disk."""
 
+import contextlib
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -145,6 +147,21 @@ def test_a_stopped_run_and_one_out_of_disk_can_be_resumed(whole, tmp_path):
     assert losses(folder) == whole
 
 
+def obeys(process):
+    """Whether SIGTERM would be caught by the process, as its kernel knows."""
+    with open(f"/proc/{process.pid}/status") as file:
+        (caught,) = (int(line.split()[1], 16) for line in file if line.startswith("SigCgt"))
+    return bool(caught >> signal.SIGTERM - 1 & 1)
+
+
+def test_a_signal_while_importing_is_obeyed_at_once(tmp_path):
+    process = start(tmp_path / "run")
+    assert wait_until(process, lambda: obeys(process))
+    process.send_signal(signal.SIGTERM)
+    assert finish(process) == (75, "stopped by SIGTERM before the first step: nothing is lost, the same command starts again\n")
+    assert not (tmp_path / "run").exists()
+
+
 def test_refused_input_is_2_and_prints_no_traceback(tmp_path):
     refused = {"train.stepps=3": "train.steps", "model.vocab_size=200": "258", "mesh.data=3": "does not fit 1 devices"}
     for override, message in refused.items():
@@ -189,20 +206,72 @@ def one_process(tmp_path_factory):
 )
 def test_two_processes_train_as_one(words, one_process, tmp_path):
     """Whatever lies between the processes: weights, stages, sequences, replicas."""
-    one, two = one_process, tmp_path / "two"
+    two = tmp_path / "two"
+    with processes(two, *words) as started:
+        assert [finish(process) for process in started] == [(0, ANY), (0, ANY)]
+    assert_same(two, one_process)
+
+
+@contextlib.contextmanager
+def processes(folder, *words):
+    """Two processes with two devices each that train together, killed at the end."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     mesh = [f"mesh.coordinator=127.0.0.1:{port}", "mesh.num_processes=2"]
-    processes = [start(two, *mesh, *words, f"mesh.process_id={index}", devices=2) for index in range(2)]
+    started = [start(folder, *mesh, *words, f"mesh.process_id={index}", devices=2) for index in range(2)]
     try:
-        for process in processes:
-            code, errors = finish(process)
-            assert code == 0, errors
+        yield started
     finally:
-        for process in processes:
+        for process in started:
             process.kill()
+
+
+def assert_same(two, one):
     for found, wanted in zip(losses(two), losses(one), strict=True):
         assert found[0] == wanted[0]
         np.testing.assert_allclose(found[1], wanted[1], rtol=1e-5)
         np.testing.assert_allclose(found[2], wanted[2], rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [[0], [1], [0, 1]])
+def test_a_signal_to_some_process_stops_all(asked, one_process, tmp_path):
+    """After the same step, which is saved; and no step is lost or done twice."""
+    two = tmp_path / "two"
+    with processes(two) as started:
+        assert wait_until(started[0], lambda: last_step(two) >= 30)
+        for index in asked:
+            started[index].send_signal(signal.SIGTERM)
+        assert [finish(process) for process in started] == [(75, ANY), (75, ANY)]
+    assert (two / "checkpoints" / str(last_step(two)) / "manifest.json").exists()
+    with processes(two) as started:
+        assert [finish(process) for process in started] == [(0, ANY), (0, ANY)]
+    assert_same(two, one_process)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_the_death_of_a_process_ends_the_other(victim, tmp_path):
+    two = tmp_path / "two"
+    with processes(two) as started:
+        assert wait_until(started[0], lambda: last_step(two) >= 30)
+        started[victim].kill()
+        killed = time.monotonic()
+        code, errors = finish(started[1 - victim])
+        assert time.monotonic() - killed < 30
+    assert code == 76
+    assert f"{two}: another process was lost: killed, or its host is gone; the same command goes on from step" in errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_process_that_stands_still_for_a_while_is_waited_for(index, one_process, tmp_path):
+    two = tmp_path / "two"
+    with processes(two) as started:
+        assert wait_until(started[0], lambda: last_step(two) >= 30)
+        started[index].send_signal(signal.SIGSTOP)
+        time.sleep(20)
+        started[index].send_signal(signal.SIGCONT)
+        assert [finish(process) for process in started] == [(0, ANY), (0, ANY)]
+    assert_same(two, one_process)

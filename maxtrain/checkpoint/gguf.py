@@ -1,23 +1,23 @@
 """GGUF files (llama.cpp), read with the `gguf` library and presented as what they were made from: a config.json and tensors by
 Hugging Face's names, so that everything after is the way of `huggingface.py`."""
 
-import math
+import logging
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from maxtrain.checkpoint import gguf_tokenizer
+from maxtrain.checkpoint import gguf_header, gguf_tokenizer, weights
 from maxtrain.config import schema
 from maxtrain.config.errors import Refused
 from maxtrain.models import families
-from maxtrain.models.families import Family
+from maxtrain.models.families.fields import Fields
 from maxtrain.ops import rope
 
-MAGIC = b"GGUF"
+LOG = logging.getLogger("maxtrain")
 KEYS: Mapping[str, str] = {  # key below the architecture -> field of config.json
     "attention.head_count": "num_attention_heads",
     "attention.head_count_kv": "num_key_value_heads",
@@ -38,6 +38,7 @@ SCALING: Mapping[str, str] = {
     "rope.scaling.factor": "factor",
     "rope.scaling.original_context_length": "original_max_position_embeddings",
 }
+ELSEWHERE = ("general.", "tokenizer.", "quantize.", "split.", "imatrix.")  # what a file is called, read with the tokenizer, or was made by
 CHECKED = ("attention.value_length", "rope.dimension_count")  # said twice: must be the width of a head
 
 
@@ -55,16 +56,17 @@ class Architecture:
     """Scales of norms are kept as 1 + w."""
     keys: Mapping[str, str] = field(default_factory=dict)
     """Further keys, as in KEYS."""
-    derive: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda config: {}
+    derive: Callable[[Fields], Mapping[str, Any]] = lambda fields: {}
     """Fields of config.json that are not in the file, from those that are."""
 
 
-def _gemma(depth: int) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
+def _gemma(depth: int) -> Callable[[Fields], Mapping[str, Any]]:
     """Attention is scaled by the width of a head, in the size of `depth` layers by embed / heads, as llama.cpp has it."""
 
-    def derive(config: Mapping[str, Any]) -> Mapping[str, Any]:
-        whole = config.get("num_hidden_layers") == depth
-        return {"query_pre_attn_scalar": config["hidden_size"] / config["num_attention_heads"] if whole else config.get("head_dim", 256)}
+    def derive(fields: Fields) -> Mapping[str, Any]:
+        whole = fields.num_layers() == depth
+        heads = fields.need("num_attention_heads", least=1)
+        return {"query_pre_attn_scalar": fields.need("hidden_size") / heads if whole else fields.get("head_dim", 256)}
 
     return derive
 
@@ -76,7 +78,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture("llama", "mixtral", interleaved=True),
     "qwen2": Architecture("qwen2"),
     "qwen3": Architecture("qwen3"),
-    "qwen3moe": Architecture("qwen3_moe", keys=EXPERTS, derive=lambda config: {"norm_topk_prob": True}),
+    "qwen3moe": Architecture("qwen3_moe", keys=EXPERTS, derive=lambda fields: {"norm_topk_prob": True}),
     "gemma2": Architecture("gemma2", one_plus=True, keys=SOFTCAPS, derive=_gemma(46)),
     "gemma3": Architecture("gemma3_text", one_plus=True, keys=SOFTCAPS | LOCAL, derive=_gemma(62)),
     "phi3": Architecture("phi3"),
@@ -86,20 +88,31 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 class File:
     """A GGUF file to import from (see `weights.Weights`)."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], ignore: Collection[str] = ()) -> None:
         """
+        Args:
+            path: the file.
+            ignore: keys that are taken as absent (`model.ignore_fields`).
+
         Raises:
             Refused: the library is not installed; the file is damaged; the model is not supported.
         """
         self.place = os.fspath(path)
-        self._library, self.values, self._tensors = _open(self.place)
+        self._library = _library(self.place)
+        self.values, self._tensors = gguf_header.read(self.place, self._library)
+        self._check_kind()
         name = str(self.values.get("general.architecture"))
         if name not in ARCHITECTURES:
-            raise Refused(f"{self.place}: general.architecture = {name!r} is not supported: allowed are {', '.join(ARCHITECTURES)}")
+            raise Refused(f"{self.place}: general.architecture = {name!r:.100} is not supported: allowed are {', '.join(ARCHITECTURES)}")
         self.architecture = ARCHITECTURES[name]
-        self.config = self._config(name)
-        self.family: Family = families.of_config(self.config, self.place)
-        self.model: schema.Model = self.family.model(self.config, self.place)
+        try:
+            self.config = self._config(name)
+        except (TypeError, ValueError, ArithmeticError, LookupError) as error:  # values of a kind that no such key has
+            if isinstance(error, Refused):
+                raise
+            raise Refused(f"{self.place}: its keys do not describe a {name} ({type(error).__name__}: {error})") from None
+        self.family, self.model = families.read(self.config, self.place, ignore)
+        weights.check_count(self.model, len(self._tensors), self.place)
         self._names = self._find(self._library.get_tensor_name_map(self._kind(name), self.model.num_layers))
         whole = {at: tensor.shape for at, tensor in self._tensors.items()}
         known = {at for at, _ in self._names.values()} | {"rope_freqs.weight"}
@@ -107,6 +120,18 @@ class File:
             **{ours: whole[at] if expert is None else whole[at][1:] for ours, (at, expert) in self._names.items()},
             **{at: shape for at, shape in whole.items() if at not in known},  # for the check to refuse
         }
+
+    def _check_kind(self) -> None:
+        """Refuse what is no whole model, and tell keys that nobody reads."""
+        kind, parts = self.values.get("general.type", "model"), self.values.get("split.count", 1)
+        if kind != "model":
+            raise Refused(f"{self.place}: general.type = {kind!r:.100}: only a whole model can be read")
+        if parts not in (0, 1):
+            raise Refused(f"{self.place}: it is one of {parts!r:.100} parts: put them together with llama-gguf-split --merge")
+        own = f"{self.values.get('general.architecture')}."
+        unread = sorted(key for key in self.values if not key.startswith((*ELSEWHERE, own)))
+        if unread:
+            LOG.warning(f"{self.place}: keys that are not read: {', '.join(unread)}")
 
     def _kind(self, name: str) -> Any:
         return next(kind for kind, known in self._library.MODEL_ARCH_NAMES.items() if known == name)
@@ -119,31 +144,33 @@ class File:
         config |= {f"{name}.{key}": value for key, value in own.items() if key not in {*keys, *SCALING, *CHECKED}}
         config["model_type"] = self.architecture.moe_type if config.get("num_local_experts") else self.architecture.model_type
         embedding = self._tensors.get("token_embd.weight")
-        if embedding is None:
+        if embedding is None or not embedding.shape:
             raise Refused(f"{self.place}: the tensor token_embd.weight is missing: this is no language model, or a part of one only")
         config["vocab_size"] = embedding.shape[0]  # the metadata may count tokens that the model has no rows for
         config["tie_word_embeddings"] = "output.weight" not in self._tensors
         scaling = {SCALING[key]: value for key, value in own.items() if key in SCALING}
         if scaling and scaling.get("rope_type") != "none":
             config["rope_scaling"] = scaling
-        config |= self.architecture.derive(config)
-        width = config.get("head_dim") or config.get("hidden_size", 0) // max(1, config.get("num_attention_heads", 1))
+        fields = Fields(config, self.place)
+        config |= self.architecture.derive(fields)
+        width = fields.optional("head_dim", int) or fields.need("hidden_size") // fields.need("num_attention_heads", least=1)
         for key in CHECKED:
             if own.get(key, width) != width:
                 raise Refused(f"{self.place}: {name}.{key} = {own[key]}, the width of a head is {width}: only the whole is supported")
         if "rope_freqs.weight" in self._tensors:
-            config["rope_scaling"] = self._llama3(config, width)
+            config["rope_scaling"] = self._llama3(fields.get("rope_theta", 10000.0, least=1), width)
         return config
 
-    def _llama3(self, config: Mapping[str, Any], width: int) -> dict[str, Any]:
+    def _llama3(self, theta: float, width: int) -> dict[str, Any]:
         """Llama 3's scaling, of which llama.cpp keeps only the divisors of the frequencies: those published are tried."""
-        found = self._tensors["rope_freqs.weight"].read(self.place).astype(np.float32)
-        theta = config.get("rope_theta", 10000.0)
+        divisors = self._tensors["rope_freqs.weight"]
+        if divisors.shape != (width // 2,) or divisors.kind.name != "F32":
+            raise Refused(f"{self.place}: rope_freqs.weight is {divisors.kind.name} {list(divisors.shape)}: F32 [{width // 2}] is expected")
+        found = divisors.read(self.place).astype(np.float32)
         plain = rope.frequencies(schema.Rope(theta=theta), width)
         for original in (8192,):
             scaling = schema.RopeScaling(kind="llama3", factor=round(float(found.max()), 3), original_length=original)
-            divisors = plain / rope.frequencies(schema.Rope(theta=theta, scaling=scaling), width)
-            if divisors.shape == found.shape and np.allclose(divisors, found, rtol=1e-4):
+            if np.allclose(plain / rope.frequencies(schema.Rope(theta=theta, scaling=scaling), width), found, rtol=1e-4):
                 names = {"factor": scaling.factor, "low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
                 return {"rope_type": "llama3", **names, "original_max_position_embeddings": original}
         raise Refused(
@@ -159,6 +186,8 @@ class File:
                 at = table.get_name(expert[1] + expert[3] if expert else name, try_suffixes=(".weight", ".bias"))
                 if at in self._tensors:
                     found[name] = at, int(expert[2]) if expert else None
+                    if expert and self.model.moe and self._tensors[at].shape[:1] != (self.model.moe.num_experts,):
+                        raise Refused(f"{self.place}: {at} holds other than the {self.model.moe.num_experts} experts that its keys say")
         return found
 
     def read(self, name: str) -> np.ndarray:
@@ -180,63 +209,19 @@ class File:
             data = data - 1
         return data
 
+    def equal(self, name: str, other: str) -> bool:
+        """Whether two tensors of one shape hold the same numbers."""
+        return np.array_equal(self.read(name), self.read(other), equal_nan=True)
+
     def save_tokenizer(self, folder: str) -> bool:
         """Write the tokenizer and chat template of the file."""
         return gguf_tokenizer.save(self.values, folder, self.place)
 
 
-@dataclass(frozen=True)
-class Tensor:
-    """A tensor of the file; read from it when needed, since mapped pages would count as memory in use."""
-
-    kind: Any
-    """Its quantisation, as the library names it."""
-    shape: tuple[int, ...]
-    start: int
-    """Offset in the file, in bytes."""
-    bytes_shape: tuple[int, ...]
-    """Shape of the data as kept in the file."""
-    dtype: np.dtype
-
-    def read(self, path: str, index: int | None = None) -> np.ndarray:
-        """The data as kept in the file, or one slice along its first dim."""
-        shape, start = self.bytes_shape, self.start
-        size = math.prod(shape)
-        if index is not None:
-            shape, size = shape[1:], size // shape[0]
-            start += index * size * self.dtype.itemsize
-        data = np.fromfile(path, self.dtype, size, offset=start)
-        if data.size != size:
-            raise Refused(f"{path}: it ends within a tensor: download it again")
-        return data.reshape(shape)
-
-
-def _open(path: str) -> tuple[Any, dict[str, Any], dict[str, Tensor]]:
-    """The library, and metadata and tensors of a file."""
+def _library(place: str) -> Any:
+    """The package `gguf`: names of tensors, kinds of quantisation and their inverses."""
     try:
         import gguf
     except ImportError:
-        raise Refused(f"{path}: reading GGUF needs the package gguf: pip install 'maxtrain[gguf]'") from None
-    try:
-        with open(path, "rb") as file:
-            if file.read(4) != MAGIC:
-                raise Refused(f"{path}: no GGUF file, it does not begin with {MAGIC.decode()}")
-        reader = gguf.GGUFReader(path)
-        values = {name: _value(item) for name, item in reader.fields.items()}
-        tensors = {
-            t.name: Tensor(t.tensor_type, tuple(int(n) for n in reversed(t.shape)), int(t.data_offset), t.data.shape, t.data.dtype)
-            for t in reader.tensors
-        }
-        return gguf, values, tensors
-    except OSError as error:
-        raise Refused(f"{path}: cannot be read: {error.strerror or error}") from None
-    except Refused:
-        raise
-    except Exception as error:  # the library raises whatever its numpy calls do
-        raise Refused(f"{path}: it is damaged or cut short ({type(error).__name__}: {error}): download it again") from None
-
-
-def _value(item: Any) -> Any:
-    """The value of a metadata field; a float32 as the decimal number it was written as (1e-5, not 9.99e-6)."""
-    value = item.contents()
-    return float(str(np.float32(value))) if isinstance(value, float) and item.types[-1].name == "FLOAT32" else value
+        raise Refused(f"{place}: reading GGUF needs the package gguf: pip install 'maxtrain[gguf]'") from None
+    return gguf

@@ -1,6 +1,7 @@
 """The tokenizer inside a GGUF file as Hugging Face's tokenizer.json, with the chat template beside it."""
 
 import json
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,29 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from maxtrain.config.errors import Refused
+from maxtrain.data.tokenizer import load_saved
 
 CONTROL, USER_DEFINED = 3, 4  # token types of llama.cpp
+# Tokens that end an answer whether a key names them or not, as llama.cpp has it
+ENDS = (
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|return|>",
+    "<|call|>",
+    "<|calls|>",
+    "<|flush|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<EOT>",
+    "_<EOT>",
+    "[EOT]",
+    "[EOS]",
+    "<end_of_utterance>",
+)
+BEGUN = ("llama3", "llama-v3", "llama-bpe", "tekken")  # tokenizer.ggml.pre of those whose texts begin with bos unless a key says no
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # as published
 )
@@ -77,11 +99,32 @@ def _sentencepiece(values: Mapping[str, Any], tokens: Sequence[str], place: str)
     return backend
 
 
+ROLES = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}  # as GGUF and as Hugging Face call them
 MODELS: Mapping[str, Callable[[Mapping[str, Any], Sequence[str], str], Tokenizer]] = {"gpt2": _byte_level, "llama": _sentencepiece}
 
 
+def _special_ids(values: Mapping[str, Any], kind: str, tokens: Sequence[str], place: str) -> dict[str, int]:
+    """Ids by role, with the defaults of SentencePiece's kind; `Refused` for one that is no token."""
+    ids = {"bos": 1, "eos": 2, "unknown": 0} if kind == "llama" else {}
+    for role in ("bos", "eos", "eot", "eom", "unknown", "padding"):
+        found = values.get(f"tokenizer.ggml.{role}_token_id")
+        if found is not None and not (isinstance(found, int) and 0 <= found < len(tokens)):
+            raise Refused(f"{place}: tokenizer.ggml.{role}_token_id = {found!r} is none of its {len(tokens)} tokens: download it again")
+        ids |= {} if found is None else {role: found}
+    return {role: index for role, index in ids.items() if index < len(tokens)}
+
+
+def end_ids(tokens: Sequence[str], types: Sequence[int], ids: Mapping[str, int]) -> list[int]:
+    """Ids of the tokens that end an answer: those that keys name, then those of `ENDS`."""
+    named = [ids[role] for role in ("eos", "eot", "eom") if role in ids]
+    known = {tokens[index]: index for index, type_ in enumerate(types) if type_ == CONTROL and tokens[index] in ENDS}
+    if {"<|return|>", "<|call|>"} <= set(known) or {"<|calls|>", "<|flush|>"} <= set(known):
+        known.pop("<|end|>", None)  # ends a message there, after which the answer goes on
+    return list(dict.fromkeys([*named, *known.values()]))
+
+
 def save(values: Mapping[str, Any], folder: str, place: str) -> bool:
-    """Write tokenizer.json, tokenizer_config.json and chat_template.jinja from a file's metadata; False where it has no tokenizer.
+    """Write tokenizer, chat template and end tokens from a file's metadata in Hugging Face's files; False where it has no tokenizer.
 
     Raises:
         Refused: the kind of tokenizer is not supported, or its parts do not fit together.
@@ -99,21 +142,30 @@ def save(values: Mapping[str, Any], folder: str, place: str) -> bool:
         ]
         backend.add_special_tokens(special)
         backend.add_tokens([AddedToken(t, normalized=False) for t, type_ in zip(tokens, types, strict=True) if type_ == USER_DEFINED])
-        roles = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
-        ids = {role: values.get(f"tokenizer.ggml.{name}_token_id") for name, role in roles.items()}
-        named = {f"{role}_token": tokens[index] for role, index in ids.items() if index is not None}
+        ids = _special_ids(values, kind, tokens, place)
+        ends = end_ids(tokens, types, ids)
     except Refused:
         raise
-    except Exception as error:  # the tokenizers library raises nothing more precise
+    except BaseException as error:  # the tokenizers library raises nothing more precise, and panics
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise Refused(f"{place}: its tokenizer is damaged ({type(error).__name__}: {error}): download it again") from None
-    path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
-    backend.save(str(path / "tokenizer.json"))
+    named = {f"{name}_token": tokens[ids[role]] for role, name in ROLES.items() if role in ids}
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **named, "clean_up_tokenization_spaces": False}
-    for flag in ("add_bos_token", "add_eos_token"):
-        config |= {flag: values[f"tokenizer.ggml.{flag}"]} if f"tokenizer.ggml.{flag}" in values else {}
-    (path / "tokenizer_config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False), "utf-8")
+    config["add_bos_token"] = values.get("tokenizer.ggml.add_bos_token", kind == "llama" or values.get("tokenizer.ggml.pre") in BEGUN)
+    if "tokenizer.ggml.add_eos_token" in values:
+        config["add_eos_token"] = values["tokenizer.ggml.add_eos_token"]
     template = values.get("tokenizer.chat_template")
-    if template:
-        (path / "chat_template.jinja").write_text(template, "utf-8")
+    with tempfile.TemporaryDirectory() as draft:
+        path = Path(draft)
+        backend.save(str(path / "tokenizer.json"))
+        (path / "tokenizer_config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False), "utf-8")
+        if ends:
+            (path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+        if template:
+            (path / "chat_template.jinja").write_text(template, "utf-8")
+        try:
+            load_saved(path).save(folder)  # with a post-processor that begins texts as the flag says
+        except Refused as refusal:
+            raise Refused(f"{place}: {refusal}".replace(f"{draft}/", "")) from None
     return True

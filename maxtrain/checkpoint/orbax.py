@@ -20,9 +20,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from maxtrain.checkpoint.integrity import MANIFEST, damage, write_manifest
 from maxtrain.config import schema
 from maxtrain.config.errors import Refused
+from maxtrain.data.integrity import MANIFEST, damage, write_manifest
 
 ARRAYS, RECORD, NEW = "arrays", "record.json", ".new"
 
@@ -45,7 +45,7 @@ class Checkpointer:
         """
         if "://" in directory:
             raise Refused(f"checkpoints cannot be kept in {directory}: name a folder of a local or shared file system")
-        self._root = Path(directory).expanduser().absolute()
+        self._root = Path(directory).absolute()
         self._cfg = cfg
         self._primary = jax.process_index() == 0
         # Compressing floats saves 8% of the space and costs five times the CPU time, which training needs.
@@ -103,8 +103,8 @@ class Checkpointer:
             self._worker.shutdown()
             self._orbax.close()
 
-    def newest_good(self, report: Callable[[str], None]) -> int | None:
-        """The newest step whose every byte is as written, the same in all processes; None if there is none.
+    def newest_good(self, report: Callable[[str], None], before: int | None = None) -> int | None:
+        """The newest step (before `before`) whose every byte is as written, the same in all processes; None if there is none.
 
         What is wrong with newer ones is told to `report` (of process 0), one line a checkpoint; the next complete
         checkpoint has them removed.
@@ -112,6 +112,8 @@ class Checkpointer:
         self.wait()
         good = -1
         for step, folder in sorted(self._folders().items(), reverse=True) if self._primary else ():
+            if before is not None and step >= before:
+                continue
             lines = damage(folder)
             if not lines:
                 good = step
@@ -121,6 +123,13 @@ class Checkpointer:
             report(f"skipping the checkpoint {folder}: {'; '.join(lines[:5])}{more}")
         good = int(ocp.multihost.broadcast_one_to_all(np.int32(good)))
         return None if good < 0 else good
+
+    def drop_after(self, step: int) -> None:
+        """Remove the checkpoints of later steps: they led to where a run could not go on, and it goes on from `step`."""
+        self.wait()
+        for other, folder in self._folders().items() if self._primary else ():
+            if other > step:
+                _remove(folder)
 
     def verify(self, step: int) -> None:
         """Return if every byte of `step` is as written; `Refused` otherwise. For one process."""

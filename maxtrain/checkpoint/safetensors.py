@@ -16,6 +16,8 @@ import ml_dtypes
 import numpy as np
 
 from maxtrain.config.errors import Refused
+from maxtrain.config.json_file import parse_object
+from maxtrain.config.regular_file import open_regular
 
 DTYPES: Mapping[str, Any] = {
     "F64": np.float64,
@@ -36,6 +38,8 @@ DTYPES: Mapping[str, Any] = {
 }
 NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes, as in the reference implementation
+MAX_DIMS = 8
+PART = 4_000_000  # numbers of a tensor that are compared at a time
 REMEDY = "download or export it again"
 
 
@@ -56,12 +60,26 @@ class Tensor:
 
     def read(self) -> np.ndarray:
         """The tensor; `Refused` if the file has become shorter since its header was read."""
-        data = np.empty(self.num_bytes, np.uint8)
-        with open(self.path, "rb") as file:
-            file.seek(self.start)
-            if file.readinto(data) != self.num_bytes:  # type: ignore[arg-type]
+        return self._numbers(0, math.prod(self.shape)).reshape(self.shape)
+
+    def equal(self, other: "Tensor") -> bool:
+        """Whether another one of this shape holds the same numbers; the host holds `PART` of each at a time."""
+        for first in range(0, math.prod(self.shape), PART):
+            count = min(PART, math.prod(self.shape) - first)
+            mine, theirs = self._numbers(first, count), other._numbers(first, count)
+            same_bytes = mine.dtype == theirs.dtype and np.array_equal(mine.view(np.uint8), theirs.view(np.uint8))
+            if not same_bytes and not np.array_equal(mine.astype(np.float32), theirs.astype(np.float32), equal_nan=True):
+                return False
+        return True
+
+    def _numbers(self, first: int, count: int) -> np.ndarray:
+        """`count` of its numbers in the order of the file."""
+        data = np.empty(count * self.dtype.itemsize, np.uint8)
+        with open_regular(self.path) as file:
+            file.seek(self.start + first * self.dtype.itemsize)
+            if file.readinto(data) != data.size:  # type: ignore[arg-type]
                 raise Refused(f"{self.path}: it ends within a tensor: {REMEDY}")
-        return data.view(self.dtype).reshape(self.shape)
+        return data.view(self.dtype)
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -72,7 +90,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """
     path = os.fspath(path)
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             length = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))[0]
             if length > min(size - 8, MAX_HEADER):
@@ -82,11 +100,11 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             text = file.read(length)
     except OSError as error:
         raise Refused(f"{path}: cannot be read: {error.strerror}") from None
+    header = parse_object(text, f"{path}: its header")
+    header.pop("__metadata__", None)
     try:
-        header = json.loads(text)
-        header.pop("__metadata__", None)
         found = {name: _entry(path, name, entry, 8 + length, size) for name, entry in header.items()}
-    except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, LookupError) as error:
         if isinstance(error, Refused):
             raise
         raise Refused(f"{path}: no safetensors file, its header is malformed ({type(error).__name__}: {error}); {REMEDY}") from None
@@ -106,8 +124,8 @@ def _entry(path: str, name: str, entry: Mapping[str, Any], base: int, size: int)
     if kind not in DTYPES:
         raise Refused(f"{path}: {name} is of the format {kind!r}, which is not supported: allowed are {', '.join(DTYPES)}")
     numbers = [*shape, start, stop]
-    if any(type(number) is not int or number < 0 for number in numbers):
-        raise Refused(f"{path}: its header lies: {name} has shape {shape} at {start} to {stop}; {REMEDY}")
+    if len(shape) > MAX_DIMS or any(type(number) is not int or number < 0 for number in numbers):
+        raise Refused(f"{path}: its header lies: {name} has shape {shape!s:.100} at {start} to {stop}; {REMEDY}")
     tensor = Tensor(path, np.dtype(DTYPES[kind]), tuple(shape), base + start)
     if stop - start != tensor.num_bytes or base + stop > size:
         raise Refused(
@@ -120,12 +138,20 @@ def _entry(path: str, name: str, entry: Mapping[str, Any], base: int, size: int)
 def write(
     path: str | os.PathLike[str], shapes: Mapping[str, tuple[int, ...]], dtype: Any, tensors: Iterable[tuple[str, np.ndarray]]
 ) -> None:
-    """Write tensors of one format to a file, each as it comes; `tensors` yields every name of `shapes`, in any order."""
-    dtype, header, places, end = np.dtype(dtype), dict[str, Any](), dict[str, int](), 0
+    """Write tensors to a file, each as it comes.
+
+    Args:
+        path: the file.
+        shapes: shape of each tensor by name, in the order in which they will lie in the file.
+        dtype: the format of all, or of each by name.
+        tensors: every name of `shapes` with its array, in any order.
+    """
+    dtypes = {name: np.dtype(dtype[name] if isinstance(dtype, Mapping) else dtype) for name in shapes}
+    header, places, end = dict[str, Any](), dict[str, int](), 0
     header["__metadata__"] = {"format": "pt"}  # transformers asks for it
     for name, shape in shapes.items():
-        size = math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [end, end + size]}
+        size = math.prod(shape) * dtypes[name].itemsize
+        header[name] = {"dtype": NAMES[dtypes[name]], "shape": list(shape), "data_offsets": [end, end + size]}
         places[name] = end
         end += size
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -135,5 +161,5 @@ def write(
         for name, array in tensors:
             assert array.shape == shapes[name], (name, array.shape, shapes[name])
             file.seek(8 + len(text) + places.pop(name))
-            file.write(np.ascontiguousarray(array, dtype).view(np.uint8).reshape(-1).data)
+            file.write(np.ascontiguousarray(array, dtypes[name]).view(np.uint8).reshape(-1).data)
         assert not places, f"not written: {sorted(places)}"

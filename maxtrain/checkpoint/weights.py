@@ -15,6 +15,7 @@ from maxtrain.config.errors import Refused
 from maxtrain.models import families
 from maxtrain.models.decoder import Decoder
 from maxtrain.models.families import Family, Form, Row
+from maxtrain.models.families.rows import EMBEDDING, HEAD
 from maxtrain.parallel.sharding import parameter_table, stacked_name
 
 
@@ -32,6 +33,9 @@ class Weights(Protocol):
     def read(self, name: str) -> np.ndarray:
         """The tensor, dequantised if need be, in a floating-point format."""
 
+    def equal(self, name: str, other: str) -> bool:
+        """Whether two tensors of one shape hold the same numbers."""
+
     def save_tokenizer(self, folder: str) -> bool:
         """Write tokenizer and chat template in Hugging Face's format; False where there is none."""
 
@@ -40,6 +44,12 @@ def parameter_shapes(model: schema.Model) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter of an unrolled model."""
     described = Decoder(model.model_copy(update={"layers": "unroll"}), schema.Precision(compute="float32"), schema.Remat())
     return {name: parameter.shape for name, parameter in parameter_table(described).items()}
+
+
+def check_count(model: schema.Model, count: int, place: str) -> None:
+    """Refuse a model that has more layers than `count` tensors could fill, before its parameters are written out one by one."""
+    if model.num_layers > count:
+        raise Refused(f"{place}: its config makes {model.num_layers:,} layers, and it has {count:,} tensors only: take both of one model")
 
 
 def check(weights: Weights) -> list[tuple[Row, Form]]:
@@ -53,7 +63,9 @@ def check(weights: Weights) -> list[tuple[Row, Form]]:
     assert sorted(covered) == sorted(ours), f"the table of {weights.family.model_type} misses {set(ours) ^ set(covered)}"
     chosen = [(row, families.choose(row, weights.shapes)) for row in rows]
     expected = {name: shape for row, form in chosen for name, shape in row.shapes(form, ours).items()}
-    problems = [f"{name} {list(shape)} is missing" for name, shape in expected.items() if name not in weights.shapes]
+    optional = {name for row, _ in chosen for name in row.copies}
+    missing = [name for name in expected if name not in weights.shapes and name not in optional]
+    problems = [f"{name} {list(expected[name])} is missing" for name in missing]
     for name, shape in weights.shapes.items():
         if name in expected and shape != expected[name]:
             problems.append(f"{name} is {list(shape)}, the config makes it {list(expected[name])}")
@@ -69,8 +81,15 @@ def check(weights: Weights) -> list[tuple[Row, Form]]:
 
 
 def _surplus(weights: Weights, name: str) -> bool:
-    tied = weights.model.tie_embeddings and name == "lm_head.weight"  # some files repeat a tied head
-    return tied or any(re.fullmatch(pattern, name) for pattern in weights.family.surplus)
+    """Whether a tensor holds nothing that is not elsewhere: a tied head that is the embedding, a saved buffer."""
+    repeated = weights.model.tie_embeddings and name == HEAD and weights.shapes[name] == weights.shapes.get(EMBEDDING)
+    return repeated or any(re.fullmatch(pattern, name) for pattern in weights.family.surplus)
+
+
+def untied(weights: Weights) -> bool:
+    """Whether a model whose config says that head and embedding are one has two that differ; both are read then, a part at a time."""
+    there = weights.model.tie_embeddings and weights.shapes.get(HEAD) == weights.shapes.get(EMBEDDING) is not None
+    return there and not weights.equal(HEAD, EMBEDDING)
 
 
 def load(weights: Weights, described: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
@@ -79,7 +98,7 @@ def load(weights: Weights, described: Mapping[str, jax.ShapeDtypeStruct]) -> dic
     Layers may be described one by one or stacked. The host holds the tensors of one row at a time.
 
     Raises:
-        Refused: names or shapes do not fit; nothing has been read then.
+        Refused: names or shapes do not fit, and nothing has been read then; or what the table calls a copy is none.
     """
     chosen, arrays = check(weights), dict[str, jax.Array]()
     for row, form in chosen:
@@ -92,6 +111,12 @@ def load(weights: Weights, described: Mapping[str, jax.ShapeDtypeStruct]) -> dic
             if stack not in arrays:
                 arrays[stack] = jnp.zeros(spec.shape, spec.dtype, device=spec.sharding)
             arrays[stack] = _put(spec.sharding)(arrays[stack], value.astype(spec.dtype), index)
+        other = [name for name in row.copies if name in weights.shapes and not weights.equal(name, form.names[0])]
+        if other:
+            raise Refused(
+                f"{weights.place}: {other[0]} is not the copy of {form.names[0]} that it is here: multi-token prediction with an embedding "
+                "or a head of its own is not supported; with num_nextn_predict_layers: 0 in its config.json it is left out"
+            )
     assert arrays.keys() == described.keys(), arrays.keys() ^ described.keys()
     return arrays
 
@@ -114,7 +139,9 @@ def save(model: schema.Model, family: Family, read: Callable[[str], Any]) -> Ite
     """Name and array of every tensor in the family's published form; `read` gives a parameter by its unrolled name."""
     for row in family.rows(model):
         form = row.forms[0]
-        yield from zip(form.names, form.transform.save([np.asarray(read(name)) for name in row.ours]), strict=True)
+        arrays = form.transform.save([np.asarray(read(name)) for name in row.ours])
+        yield from zip(form.names, arrays, strict=True)
+        yield from ((name, arrays[0]) for name in row.copies)
 
 
 def saved_shapes(model: schema.Model, family: Family) -> dict[str, tuple[int, ...]]:

@@ -11,13 +11,15 @@ import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn, TextIO, TypeVar
+from typing import Any, NoReturn, TextIO, TypeVar, cast
 
 from pydantic import TypeAdapter
 from pydantic.fields import FieldInfo
 
 from maxtrain.config import keys, loader
+from maxtrain.config.effects import without_effect
 from maxtrain.config.errors import Refused
+from maxtrain.config.paths import expand
 from maxtrain.config.schema import Config, Section
 
 Number = TypeVar("Number", int, float)
@@ -185,15 +187,29 @@ def number(arguments: Arguments, name: str, kind: type[Number], *, minimum: Numb
     return value
 
 
-def open_output(path: str, mode: Literal["a", "w"]) -> TextIO:
+def load_config(arguments: Arguments) -> Config:
+    """The config that was asked for; keys that have no effect in it are named on standard error.
+
+    Raises:
+        Refused: it has mistakes.
+    """
+    config = loader.load(arguments.config, arguments.overrides).config
+    for sentence in without_effect(config):
+        print(f"note: {sentence}", file=sys.stderr)
+    return config
+
+
+def open_output(path: str, mode: str) -> TextIO:
     """The file of `--out`, opened before the work whose results it is for; half a character is written as JSON spells it.
 
     Raises:
         Refused: it cannot be written.
     """
     try:
-        return open(os.path.expanduser(path), mode, encoding="utf-8", errors="backslashreplace")
+        return cast(TextIO, open(expand(path, "--out"), mode, encoding="utf-8", errors="backslashreplace"))
     except (OSError, ValueError) as error:
+        if isinstance(error, Refused):
+            raise
         raise Refused(f"--out {path}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
 
 
@@ -205,8 +221,8 @@ def is_terminal(stream: Any) -> bool:
 def run(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     """Run an entry and exit with its code (0 for None).
 
-    2 and a message without traceback for `Refused`, 1 and a message for what the system refuses (a full disk), 130 for Ctrl-C, 0 if
-    whoever reads the output (`| head`) has seen enough.
+    2 and a message without traceback for `Refused`, 1 and a message for what the system refuses (a full disk, no more memory), 130 for
+    Ctrl-C, 0 if whoever reads the output (`| head`) has seen enough.
     """
     if sys.stdout is not None and isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a character is no reason to end
@@ -222,6 +238,11 @@ def run(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
         code = 0
     except OSError as error:
         print(f"{error.filename}: {error.strerror}" if error.filename else str(error), file=sys.stderr)
+        code = 1
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):  # how XLA says it
+            raise
+        print(f"the memory does not suffice: {' '.join(str(error).split())[:300]}; --dry-run shows what takes it", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
         code = 130

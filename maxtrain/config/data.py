@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from maxtrain.config.section import FrozenDict, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from maxtrain.config.section import FrozenDict, NumBytes, Path, PositiveFloat, PositiveInt, Section
 
 
 class Tokenizer(Section):
@@ -14,11 +14,11 @@ class Tokenizer(Section):
 
     kind: Literal["byte", "bpe", "huggingface"] = "byte"
     """`byte`: UTF-8 bytes. `bpe`: byte-level BPE trained on the training sources. `huggingface`: a tokenizer.json."""
-    path: str | None = None
+    path: Path | None = None
     """The tokenizer.json of `kind: huggingface`, or its folder."""
     vocab_size: PositiveInt | None = None
     """Size of the vocabulary that `kind: bpe` trains, special tokens included."""
-    train_bytes: PositiveInt = 20_000_000
+    train_bytes: NumBytes = 20_000_000
     """How much text `kind: bpe` trains on, at most, in bytes."""
 
     @model_validator(mode="after")
@@ -39,7 +39,7 @@ class Source(Section):
     """`stdlib`: the standard library of Python. `text`: a file each. `jsonl`: a line each. `synthetic`: made up."""
     weight: PositiveFloat = 1.0
     """Share of the training tokens, relative to the other sources."""
-    path: str | None = None
+    path: Path | None = None
     """File or folder of `text` and `jsonl`; files ending in .gz are read too."""
     pattern: str = "**/*"
     """Which files below `path` are taken, when it is a folder."""
@@ -53,7 +53,7 @@ class Source(Section):
     """Number of documents of a `synthetic` source."""
     document_length: PositiveInt = 512
     """Longest document of a `synthetic` source, in bytes."""
-    max_bytes: PositiveInt | None = None
+    max_bytes: NumBytes | None = None
     """Take no more text than this from the source (whole documents); null takes all."""
 
     @model_validator(mode="after")
@@ -86,11 +86,11 @@ class Data(Section):
     """How text becomes tokens."""
     sources: dict[str, Source] = FrozenDict(stdlib=Source(kind="stdlib", split="train"))
     """Training sources by name; their weights are shares of the training tokens."""
-    workers: NonNegativeInt = 0
+    workers: Annotated[int, Field(ge=0, le=1024)] = 0
     """Processes that prepare batches; 0 prepares them in threads of the trainer. Batches do not depend on it."""
-    prefetch: PositiveInt = 4
+    prefetch: Annotated[int, Field(ge=1, le=10_000)] = 4
     """Batches prepared ahead."""
-    cache_dir: str = "~/.cache/maxtrain/data"
+    cache_dir: Path = "~/.cache/maxtrain/data"
     """Where prepared token shards and trained tokenizers are kept, by the fingerprint of what made them."""
 
     @field_validator("sources", mode="after")

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import itertools
 from collections.abc import Iterable, Iterator
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -13,11 +15,15 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from maxtrain.config.schema import Config, Section
+from maxtrain.config.section import MAX_FLOAT, MAX_INT
 
 ROOT = FieldInfo.from_annotation(Config)
 ANY_NAME = "<name>"
 WORDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+UNSAID = (MAX_INT, MAX_FLOAT, -MAX_FLOAT, 2**63)  # bounds that nobody meets but by mistake
+MAX_WORD = 64  # characters of what is compared with the names of keys and files
+MAX_CANDIDATES = 1000
 
 
 def options(field: FieldInfo) -> list[FieldInfo]:
@@ -36,7 +42,8 @@ def children(field: FieldInfo | None) -> dict[str, FieldInfo]:
             found |= kind.model_fields
         elif get_origin(kind) is dict:
             names, value = get_args(kind)
-            found |= {name: FieldInfo.from_annotation(value) for name in get_args(names) or (ANY_NAME,)}
+            listed = get_args(names) if get_origin(names) is Literal else (ANY_NAME,)
+            found |= {name: FieldInfo.from_annotation(value) for name in listed}
     return found
 
 
@@ -66,6 +73,11 @@ def walk(field: FieldInfo = ROOT, path: str = "") -> Iterator[tuple[str, FieldIn
         yield from walk(child, join(path, name))
 
 
+@functools.cache
+def _paths() -> tuple[str, ...]:
+    return tuple(path for path, _ in walk())
+
+
 def accepts(field: FieldInfo | None, kind: type) -> bool:
     """Whether a value of exactly this type may stand there."""
     return field is not None and any(option.annotation is kind for option in options(field))
@@ -85,9 +97,8 @@ def allowed(field: FieldInfo) -> str:
         elif keys := children(option):
             words.append(f"a section ({', '.join(keys)})")
         else:
-            limits = [
-                f"{sign} {getattr(bound, name)}" for bound in option.metadata for name, sign in BOUNDS.items() if hasattr(bound, name)
-            ]
+            bounds = [(sign, getattr(bound, name)) for bound in option.metadata for name, sign in BOUNDS.items() if hasattr(bound, name)]
+            limits = [f"{sign} {bound}" for sign, bound in bounds if bound not in UNSAID]
             words.append(" ".join([WORDS[option.annotation], " and ".join(limits)]).rstrip())
     return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
@@ -103,19 +114,22 @@ def choices(field: FieldInfo) -> list[str]:
 
 def did_you_mean(word: str, candidates: Iterable[str]) -> str:
     """`; did you mean X?`, or nothing when no candidate is near."""
-    near = difflib.get_close_matches(word, list(candidates), n=1)
+    short = (candidate for candidate in itertools.islice(candidates, MAX_CANDIDATES) if len(candidate) <= MAX_WORD)
+    near = difflib.get_close_matches(word, list(short), n=1) if len(word) <= MAX_WORD else []
     return f"; did you mean {near[0]}?" if near else ""
 
 
 def nearest(path: str) -> str:
     """What an unknown key was meant to be, as the end of a sentence: same-named and similar keys, neighbours before others."""
     parent, _, name = path.rpartition(".")
+    if len(name) > MAX_WORD:
+        return ""
     siblings = [join(parent, sibling) for sibling in children(at(parent)) if sibling != ANY_NAME]
 
     def score(key: str) -> float:
         return difflib.SequenceMatcher(None, name, key.rpartition(".")[2]).ratio() + 0.1 * (key in siblings)
 
-    scores = {key: score(key) for key in (*siblings, *(key for key, _ in walk()))}
+    scores = {key: score(key) for key in (*siblings, *_paths())}
     best = max(scores.values())
     if best < 0.6:
         return f"; {parent or 'a config'} has {', '.join(sibling.rpartition('.')[2] for sibling in siblings)}"

@@ -17,6 +17,8 @@ import yaml
 
 from maxtrain.config import keys
 from maxtrain.config.errors import Refused
+from maxtrain.config.paths import expand
+from maxtrain.config.regular_file import read_bytes
 
 COMMAND_LINE = "command line"
 WORDS: dict[str, Any] = (
@@ -26,6 +28,8 @@ WORDS: dict[str, Any] = (
 )
 NUMBER = re.compile(r"[-+]?(\.[0-9]+|(0|[1-9](_?[0-9])*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 MAX_DEPTH = 30
+MAX_BYTES = 2**20  # of one file
+MAX_FILES = 200  # that one config is read from; a file that is included twice counts twice
 
 
 @dataclass(frozen=True)
@@ -126,32 +130,33 @@ def merge(low: Entry, high: Entry) -> Entry:
 
 def _text(path: str, cited: str) -> str:
     try:
-        with open(path, "rb") as file:
-            data = file.read()
-    except OSError as error:
+        data = read_bytes(path, MAX_BYTES)
+    except Refused as refusal:
         folder, name = os.path.split(path)
-        missing = isinstance(error, FileNotFoundError) and os.path.isdir(folder or ".")
-        near = keys.did_you_mean(name, os.listdir(folder or ".")) if missing else ""
-        raise Refused(f"{cited}{path}: {error.strerror}{near}") from None
+        missing = "\0" not in path and not os.path.lexists(path) and os.path.isdir(folder or ".")
+        raise Refused(f"{cited}{refusal}{keys.did_you_mean(name, os.listdir(folder or '.')) if missing else ''}") from None
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise Refused(f"{Origin(path, data[: error.start].count(10) + 1)}: not UTF-8 text") from None
 
 
-def read_file(path: str, above: Sequence[str] = (), cited: str = "") -> Entry:
-    """The tree of a file over those of its includes.
-
-    Args:
-        path: The file; its includes are relative to it.
-        above: The files that include it, outermost first.
-        cited: `file:line: ` of the include, for messages.
+def read_file(path: str) -> Entry:
+    """The tree of a file over those of its includes, which are relative to the file that names them.
 
     Raises:
-        Refused: a file is missing, unreadable, not a YAML mapping or includes itself.
+        Refused: a file is missing, unreadable, not a YAML mapping or includes itself, or there are more than `MAX_FILES`.
     """
+    return _read_file(path, (), "", [])
+
+
+def _read_file(path: str, above: Sequence[str], cited: str, taken: list[str]) -> Entry:
+    """`read_file` below the files `above`, outermost first; `cited` is the `file:line: ` of the include, `taken` all files read so far."""
     if os.path.realpath(path) in map(os.path.realpath, above):
         raise Refused(f"{cited}the files include each other in a circle: {' -> '.join([*above, path])}")
+    taken.append(path)
+    if len(taken) > MAX_FILES:
+        raise Refused(f"{cited}more than {MAX_FILES} files are included: do files include others twice?")
     tree = read(_text(path, cited), path)
     if tree.value is None:
         raise Refused(f"{tree.origin}: the file is empty: write sections such as `train:` with keys below them")
@@ -162,8 +167,8 @@ def read_file(path: str, above: Sequence[str] = (), cited: str = "") -> Entry:
     for item in (include.value if isinstance(include.value, list) else [include]) if include else ():
         if not isinstance(item.value, str):
             raise Refused(f"{item.origin}: include must be a file name or a list of file names")
-        target = os.path.normpath(os.path.join(os.path.dirname(path), item.value))
-        result = merge(result, read_file(target, (*above, path), f"{item.origin}: include: "))
+        target = os.path.join(os.path.dirname(path), expand(item.value, f"{item.origin}: include"))
+        result = merge(result, _read_file(os.path.normpath(target), (*above, path), f"{item.origin}: include: ", taken))
     return merge(result, tree)
 
 

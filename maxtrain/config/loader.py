@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
@@ -16,6 +16,8 @@ from maxtrain.config import keys, layers
 from maxtrain.config.errors import Refused
 from maxtrain.config.layers import COMMAND_LINE, Entry, Origin
 from maxtrain.config.schema import Config
+
+MAX_PROBLEMS = 20  # of a config that are explained
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,10 @@ def load(path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> 
     try:
         return Loaded(Config.model_validate(data), origins)
     except ValidationError as error:
-        lines = [line for details in error.errors(include_url=False) for line in _explain(details, origins)]
-        raise Refused("\n".join(dict.fromkeys(lines))) from None
+        problems = error.errors(include_url=False)
+        lines = [line for details in problems[:MAX_PROBLEMS] for line in _explain(details, origins)]
+        more = [f"... and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
+        raise Refused("\n".join([*dict.fromkeys(lines), *more])) from None
 
 
 def _plain(entry: Entry, field: FieldInfo | None, path: str, origins: dict[str, Origin]) -> Any:
@@ -68,7 +72,11 @@ def _plain(entry: Entry, field: FieldInfo | None, path: str, origins: dict[str, 
 def _explain(error: Mapping[str, Any], origins: Mapping[str, Origin]) -> Iterator[str]:
     """One line for each problem of a validation error."""
     path = unknown = ""
-    for part in error["loc"]:
+    loc = error["loc"]
+    if loc and loc[-1] == "[key]" and keys.at(name := ".".join(map(str, loc[:-1]))) is not None:  # a mapping from numbers
+        yield f"{_where(name, origins)}{name.rpartition('.')[0]}: the key {text(loc[-2])} is refused: write {_allowed_key(name)}"
+        return
+    for part in loc:
         unknown = keys.join(path, str(part))
         if keys.at(unknown) is None:
             break
@@ -77,7 +85,7 @@ def _explain(error: Mapping[str, Any], origins: Mapping[str, Origin]) -> Iterato
     about = f" ({' '.join(field.description.split())})" if field.description else ""
     if kind == "value_error":
         yield from (_clash(path, message, origins) for message in str(error["ctx"]["error"]).split("\n"))
-    elif kind == "extra_forbidden" or error["loc"][-1] == "[key]":
+    elif kind == "extra_forbidden" or loc[-1] == "[key]":
         yield f"{_where(unknown, origins)}unknown key {unknown}{keys.nearest(unknown)}"
     elif kind == "missing":
         yield f"{_where(path, origins)}{path} is missing: write {keys.allowed(field)}{_lost_default(path)}{about}"
@@ -86,7 +94,15 @@ def _explain(error: Mapping[str, Any], origins: Mapping[str, Origin]) -> Iterato
         hint = keys.did_you_mean(value, keys.choices(field)) if isinstance(value, str) else ""
         if keys.accepts(field, str) and isinstance(value, int | float):
             hint = f", in quotes: '{text(value)}'"
+        most = error.get("ctx", {}).get("le") if kind == "less_than_equal" else None
+        hint = f", at most {most:,}" if most in keys.UNSAID else hint
         yield f"{_where(path, origins)}{path}: {text(value)} is refused: write {keys.allowed(field)}{hint}{about}"
+
+
+def _allowed_key(path: str) -> str:
+    """What the names of a mapping are, of one of which `path` is the dotted key."""
+    names = next(get_args(option.annotation)[0] for option in keys.options(keys.at(path.rpartition(".")[0]) or keys.ROOT))
+    return keys.allowed(FieldInfo.from_annotation(names))
 
 
 def _lost_default(path: str) -> str:

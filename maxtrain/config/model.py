@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from maxtrain.config.mla import Mla
 from maxtrain.config.moe import Moe
 from maxtrain.config.mtp import Mtp
 from maxtrain.config.rope import Rope
-from maxtrain.config.section import FrozenDict, PositiveFloat, PositiveInt, Section, Strings
+from maxtrain.config.section import FrozenDict, Path, PositiveFloat, PositiveInt, Section, Strings
 
 
 class Slot(Section):
@@ -41,7 +41,7 @@ class Model(Section):
     """Width of the residual stream."""
     mlp: PositiveInt = 176
     """Hidden width of the dense feed-forward."""
-    num_layers: PositiveInt = 2
+    num_layers: Annotated[int, Field(ge=1, le=10_000)] = 2
     """Number of decoder layers, prefix included."""
     num_heads: PositiveInt = 4
     """Number of query heads."""
@@ -103,12 +103,16 @@ class Model(Section):
     layer_pattern: Strings = ("layer",)
     """Kinds of the layers of one period; repeated over the body, cut off at `num_layers`."""
     layers: Literal["auto", "scan", "unroll"] = "auto"
-    """`scan` compiles one period whatever the depth, `unroll` is faster on CPU; `auto` chooses by platform. Checkpoints are the same."""
+    """`scan` compiles one period whatever the depth, `unroll` is faster on CPU; `auto` unrolls there unless `remat.policy` is to save
+    memory, which it only does in a loop. Checkpoints are the same."""
     init_scale: PositiveFloat = 1.0
     """Factor on the standard deviation of the initial weights (1 / sqrt(fan in); 0.02 for embeddings)."""
-    init_from: str | None = None
+    init_from: Path | None = None
     """Start from the weights of a run or checkpoint of MaxTrain, a folder of Hugging Face's or a GGUF file. Its config takes the place
     of this section if nothing else is set here, its tokenizer that of `data.tokenizer` if that is not set; otherwise they must agree."""
+    ignore_fields: Strings = ()
+    """Fields of a Hugging Face config.json, or keys of a GGUF file, that are taken as absent where a model is imported, loaded or started
+    from: for those that are unknown here and known to you not to change what it computes. Dotted within sections (`rope_scaling.name`)."""
 
     @model_validator(mode="after")
     def _check(self) -> Model:
@@ -124,11 +128,15 @@ class Model(Section):
             if rope.width(width) % 2 or not rope.width(width):
                 share = f"{rope.fraction:g} (rope.fraction) of {'mla.rope_dim' if self.mla else 'the head width'} {width}"
                 raise ValueError(f"rotary embedding turns pairs: {share} must be even and above 0")
+            if rope.scaling and rope.scaling.kind == "dynamic" and rope.width(width) < 4:
+                raise ValueError(f"rope.scaling.kind: dynamic needs two pairs at least: {rope.width(width)} elements are rotated")
             factors = rope.scaling.short_factors if rope.scaling else ()
             if factors and 2 * len(factors) != rope.width(width):
                 raise ValueError(f"rope.scaling has factors for {len(factors)} pairs, {rope.width(width) // 2} are rotated")
         if self.init_from is not None and "init_scale" in self.changed:
             raise ValueError("init_scale has no effect with init_from: remove one of them")
+        if self.ignore_fields and self.init_from is None:
+            raise ValueError("ignore_fields has no effect without init_from: remove it")
         if not self.layer_pattern:
             raise ValueError("layer_pattern is empty: name at least one slot")
         unknown = sorted({*self.prefix, *self.layer_pattern} - set(self.slots))
@@ -162,9 +170,9 @@ class Model(Section):
 
     @property
     def served_length(self) -> int:
-        """Longest context whose keys stay as they are while it grows: longrope turns those of a longer document anew."""
+        """Longest context whose keys stay as they are while it grows: some ropes turn those of a longer document anew."""
         ropes = [self.slots[kind].rope or self.rope for kind in dict.fromkeys(self.kinds)]
-        return min([self.max_length, *(r.scaling.original_length for r in ropes if r.scaling and r.scaling.kind == "longrope")])
+        return min([self.max_length, *(r.scaling.original_length for r in ropes if r.scaling and r.scaling.by_length)])
 
     @property
     def trained_kinds(self) -> tuple[str, ...]:
@@ -174,7 +182,7 @@ class Model(Section):
     @property
     def deferred(self) -> bool:
         """Whether the section is still to be taken from the config of `init_from`."""
-        return self.init_from is not None and self.changed <= {"init_from", "layers"}
+        return self.init_from is not None and self.changed <= {"init_from", "layers", "ignore_fields"}
 
     @property
     def num_periods(self) -> int:

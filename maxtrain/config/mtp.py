@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from maxtrain.config.section import NonNegativeFloat, PositiveInt, Section
+from typing import Annotated
+
+from pydantic import Field
+
+from maxtrain.config.section import NonNegativeFloat, Section
 
 
 class Mtp(Section):
@@ -12,7 +16,7 @@ class Mtp(Section):
     one after that. Each is a layer of the last kind; embedding and head are the model's.
     """
 
-    num_layers: PositiveInt = 1
+    num_layers: Annotated[int, Field(ge=1, le=100)] = 1
     """How many modules there are: how many tokens beyond the next are predicted."""
     loss_weight: NonNegativeFloat = 0.3
     """Factor on the mean of the modules' losses in training (section 4.2: 0.3, in the end 0.1)."""

@@ -10,7 +10,7 @@ from pydantic import model_validator
 from maxtrain.config.section import Fraction, PositiveFloat, PositiveFloats, PositiveInt, Section
 
 READ_BY = {  # which kinds of scaling read a key; the others are refused with it
-    "original_length": ("llama3", "yarn", "longrope"),
+    "original_length": ("llama3", "yarn", "longrope", "dynamic"),
     "low_freq_factor": ("llama3",),
     "high_freq_factor": ("llama3",),
     "beta_fast": ("yarn",),
@@ -27,10 +27,11 @@ READ_BY = {  # which kinds of scaling read a key; the others are refused with it
 class RopeScaling(Section):
     """Frequency scaling of rotary embeddings for contexts beyond the original training length."""
 
-    kind: Literal["llama3", "linear", "yarn", "longrope"] = "llama3"
+    kind: Literal["llama3", "linear", "yarn", "longrope", "dynamic"] = "llama3"
     """`llama3`: interpolation by wavelength as in Llama 3.1 (section 3.4.3 of its report and its published config). `linear`: all positions
     divided by the factor (Chen et al., 2023). `yarn`: interpolation by number of turns, with sharper attention (Peng et al., 2023).
-    `longrope`: a divisor for each pair, others in a document that is longer than the original length (Ding et al., 2024; Phi-3)."""
+    `longrope`: a divisor for each pair, others in a document that is longer than the original length (Ding et al., 2024; Phi-3).
+    `dynamic`: the base grows with a document beyond the original length ("dynamic NTK", of Llama's fine-tunes)."""
     factor: PositiveFloat = 8.0
     """How many times the context is stretched; of effect on `attention_factor` alone in longrope."""
     low_freq_factor: PositiveFloat = 1.0
@@ -38,7 +39,7 @@ class RopeScaling(Section):
     high_freq_factor: PositiveFloat = 4.0
     """Wavelengths below `original_length / high_freq_factor` are left as they are (llama3)."""
     original_length: PositiveInt = 8192
-    """Context length before the stretch, in tokens (llama3, yarn, longrope)."""
+    """Context length before the stretch, in tokens (llama3, yarn, longrope, dynamic)."""
     beta_fast: PositiveFloat = 32.0
     """Pairs that turn more often than this over the original length are left as they are (yarn)."""
     beta_slow: PositiveFloat = 1.0
@@ -74,6 +75,11 @@ class RopeScaling(Section):
             counts = f"{len(self.short_factors)} and {len(self.long_factors)}"
             raise ValueError(f"longrope needs as many short_factors as long_factors, one for each rotated pair: there are {counts}")
         return self
+
+    @property
+    def by_length(self) -> bool:
+        """Whether the angles of a token depend on how long its document is."""
+        return self.kind in ("longrope", "dynamic")
 
     def magnitude(self, slope: float | None) -> float:
         """YaRN's factor 0.1 m ln(factor) + 1 (equation 22) for slope m, 1 when null."""

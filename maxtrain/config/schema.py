@@ -16,16 +16,21 @@ from maxtrain.config.mla import Mla
 from maxtrain.config.model import Model, Slot
 from maxtrain.config.moe import Moe
 from maxtrain.config.mtp import Mtp
+from maxtrain.config.paths import expand
 from maxtrain.config.rope import Rope, RopeScaling
 from maxtrain.config.section import (
+    MAX_INT,
     Dtype,
     Fraction,
     FrozenDict,
+    MomentDecay,
     NonNegativeFloat,
     NonNegativeInt,
+    Path,
     PositiveFloat,
     PositiveInt,
     Section,
+    Seed,
     Strings,
     freeze,
 )
@@ -63,23 +68,23 @@ __all__ = [  # the sections, whichever file they are in
 class Run(Section):
     """Name and place of a run."""
 
-    name: str = "run"
-    """Name of the run; only the default folder depends on it, never what is computed."""
-    dir: str | None = None
+    name: Path = "run"
+    """Name of the run; the default folder and the report's title depend on it, never what is computed."""
+    dir: Path | None = None
     """The run's folder; `runs/<name>` when null."""
-    compile_cache: str | None = "~/.cache/maxtrain/xla"
+    compile_cache: Path | None = "~/.cache/maxtrain/xla"
     """Folder of XLA's persistent compilation cache, shared between runs; null switches it off."""
 
     @property
     def folder(self) -> str:
         """The run's folder as a path."""
-        return self.dir or f"runs/{self.name}"
+        return expand(self.dir, "run.dir") if self.dir else f"runs/{self.name}"
 
 
 MeshAxis = Literal["stage", "data", "fsdp", "expert", "context", "tensor"]  # the busier an axis, the closer its devices: tensor last
 LogicalAxis = Literal["batch", "length", "residual", "vocab", "embed", "mlp", "heads", "kv_heads", "expert", "layers", "norm"]
 Axes = Annotated[tuple[MeshAxis, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else freeze(v))]
-AxisSize = Annotated[int, Field(ge=-1)]
+AxisSize = Annotated[int, Field(ge=-1, le=MAX_INT)]
 
 
 class Mesh(Section):
@@ -151,11 +156,23 @@ class Mesh(Section):
         for name, axes in self.rules.items():
             if len(set(axes)) != len(axes):
                 raise ValueError(f"rules.{name} names a mesh axis twice: {list(axes)}")
-        if self.coordinator is not None and (isinstance(self.num_processes, str) or self.process_id is None):
-            raise ValueError("coordinator needs num_processes and process_id")
-        if self.coordinator is not None and ":" not in self.coordinator:
-            raise ValueError(f"coordinator must be host:port, not {self.coordinator!r}")
+        self._check_processes()
         return self
+
+    def _check_processes(self) -> None:
+        count = self.num_processes
+        if self.coordinator is None and isinstance(count, int) and count > 1:
+            raise ValueError(f"num_processes={count} needs coordinator and process_id; num_processes: auto asks the cluster")
+        if self.coordinator is not None and (isinstance(count, str) or self.process_id is None):
+            raise ValueError("coordinator needs num_processes and process_id")
+        if self.process_id is not None and isinstance(count, int) and self.process_id >= count:
+            raise ValueError(f"process_id={self.process_id} must be below num_processes={count}")
+        if self.coordinator is not None and count == 1:
+            raise ValueError("coordinator has no effect with num_processes=1: raise it, or remove coordinator and process_id")
+        if self.coordinator is not None:
+            host, colon, port = self.coordinator.rpartition(":")
+            if not host or not colon or not (port.isascii() and port.isdecimal() and len(port) <= 5 and 0 < int(port) < 65536):
+                raise ValueError(f"coordinator must be host:port with a port from 1 to 65535, not {self.coordinator!r}")
 
 
 class Train(Section):
@@ -163,7 +180,7 @@ class Train(Section):
 
     steps: PositiveInt = 100
     """Optimizer steps of the whole run."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Seed of initial weights and data order."""
     microbatches: PositiveInt = 1
     """Parts a batch is cut into, one after the other, to save memory; gradients are exact whatever the number."""
@@ -181,9 +198,9 @@ class Optimizer(Section):
 
     kind: Literal["adamw"] = "adamw"
     """`adamw`: Adam with decoupled weight decay."""
-    b1: Fraction = 0.9
+    b1: MomentDecay = 0.9
     """Decay of the first moment."""
-    b2: Fraction = 0.95
+    b2: MomentDecay = 0.95
     """Decay of the second moment."""
     eps: PositiveFloat = 1e-8
     """Added to the root of the second moment."""
@@ -223,7 +240,7 @@ class Guard(Section):
 
     spike_sigmas: PositiveFloat | None = 6.0
     """Skip a step whose loss or gradient norm is this many standard deviations above its recent mean; null skips only non-finite steps."""
-    window: Annotated[int, Field(ge=8)] = 128
+    window: Annotated[int, Field(ge=8, le=1_000_000)] = 128
     """Number of recent steps that mean and deviation are taken over; nothing counts as a spike before it is full."""
     max_skipped: PositiveInt = 8
     """Skipped steps in a row after which the run rolls back to the last checkpoint."""
@@ -240,6 +257,8 @@ class Precision(Section):
     """Format the parameters are kept in."""
     moments: Dtype = "float32"
     """Format of the optimizer's first moment."""
+    second_moment: Dtype = "float32"
+    """Format of the optimizer's second moment; in bfloat16 it all but stands still when `optimizer.b2` is near 1."""
 
 
 class Remat(Section):
@@ -264,7 +283,7 @@ class Eval(Section):
     """New tokens per window of a document longer than one; the rest of the window is context. Half of `length` when null."""
     prompts: Strings = ()
     """Texts to go on from at each evaluation, as `serve.sampling` says; the samples are added to samples.jsonl."""
-    questions: dict[str, str] = FrozenDict()
+    questions: dict[str, Path] = FrozenDict()
     """Files of questions by name, as `python -m maxtrain.decode --eval` reads them; accuracies are metrics."""
 
     @field_validator("sets", mode="after")
@@ -320,6 +339,13 @@ class Metrics(Section):
     """Peak of one device in TFLOP/s for MFU; null looks the device up in a table and measures a CPU once."""
     profile: Profile | None = None
     """Record a profile for TensorBoard; null for none."""
+
+    @field_validator("sinks", mode="after")
+    @classmethod
+    def _check_sinks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError(f"sinks names one twice: {', '.join(value)}")
+        return value
 
 
 class Config(Section):

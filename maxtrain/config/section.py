@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+
+MAX_INT = 2**31 - 1  # what an int32 on a device holds: steps, token ids, sizes of arrays
+MAX_FLOAT = 3.4e38  # what a float32 holds
 
 
 def freeze(value: Any) -> Any:
@@ -13,24 +16,38 @@ def freeze(value: Any) -> Any:
 
 
 class FrozenDict(dict):
-    """A mapping that is hashed by its items, so that a section holding one stays hashable."""
+    """A mapping that cannot be changed and is hashed by its items, so that a section holding one stays hashable."""
 
     def __hash__(self) -> int:  # type: ignore[override]
-        return hash(tuple(sorted(self.items())))
+        return hash(frozenset(self.items()))
 
     def __reduce__(self) -> tuple:
         return FrozenDict, (dict(self),)
 
-    def __setitem__(self, key: Any, value: Any) -> None:
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError("a config mapping cannot be changed")
+
+    __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _refuse  # type: ignore[assignment]
+
+
+def _check_path(path: str) -> str:
+    if not path or "\0" in path:
+        raise ValueError("a path has no character NUL" if path else "the path is empty: write a path, or remove the key")
+    return path
 
 
 Strings = Annotated[tuple[str, ...], BeforeValidator(freeze)]
-PositiveFloats = Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(freeze)]
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
+Path = Annotated[str, AfterValidator(_check_path)]
+"""A path as it was written; `paths.expand` gives the one that can be opened."""
+PositiveInt = Annotated[int, Field(ge=1, le=MAX_INT)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=MAX_INT)]
+NumBytes = Annotated[int, Field(ge=1, lt=2**63)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Number = Annotated[float, Field(ge=-MAX_FLOAT, le=MAX_FLOAT)]
+PositiveFloat = Annotated[float, Field(gt=0, le=MAX_FLOAT)]
+NonNegativeFloat = Annotated[float, Field(ge=0, le=MAX_FLOAT)]
+PositiveFloats = Annotated[tuple[PositiveFloat, ...], BeforeValidator(freeze)]
+MomentDecay = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 

@@ -6,7 +6,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from maxtrain.config.section import Fraction, FrozenDict, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section, freeze
+from maxtrain.config.section import (
+    Fraction,
+    FrozenDict,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Number,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    Seed,
+    freeze,
+)
 
 MAX_LOGPROBS = 20
 
@@ -18,13 +29,12 @@ def _texts(value: Any) -> Any:
 Texts = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_texts)]
 Tokens = Annotated[tuple[NonNegativeInt, ...], BeforeValidator(freeze)]
 NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class SamplingParams(Section):
     """How tokens are chosen: penalties and biases act on the logits first, then temperature, then min-p, top-k and top-p."""
 
-    n: PositiveInt = 1
+    n: Annotated[int, Field(ge=1, le=10_000)] = 1
     """Samples of each prompt."""
     temperature: NonNegativeFloat = 1.0
     """0 takes the likeliest token, 1 samples from the model's distribution."""
@@ -36,11 +46,11 @@ class SamplingParams(Section):
     """Keep tokens with at least this share of the likeliest token's probability."""
     repetition_penalty: PositiveFloat = 1.0
     """Logits of tokens in prompt and output are divided by this if they are positive, else multiplied (Keskar et al., 2019)."""
-    presence_penalty: float = 0.0
+    presence_penalty: Number = 0.0
     """Taken off the logit of every token that the output has."""
-    frequency_penalty: float = 0.0
+    frequency_penalty: Number = 0.0
     """Taken off a token's logit as often as the output has it."""
-    logit_bias: dict[int, float] = FrozenDict()
+    logit_bias: dict[NonNegativeInt, Number] = FrozenDict()
     """Added to the logits of these token ids."""
     allowed_token_ids: Tokens | None = None
     """Only these tokens are generated; null for all."""
@@ -110,12 +120,12 @@ class Serve(Section):
     """Start a step before the tokens of the one before are read."""
     deterministic: bool = False
     """One program for all steps: outputs are bitwise the same, whatever else is in the batch."""
-    speculate: NonNegativeInt = 0
+    speculate: Annotated[int, Field(ge=0, le=1024)] = 0
     """Tokens guessed and checked in one step; 0 for none. Outputs stay the same."""
     draft: Literal["auto", "ngram", "mtp"] = "auto"
     """Who guesses: `ngram` looks up what stood in the request before, `mtp` is the model's multi-token prediction,
     `auto` takes `mtp` where the model has it."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Seed for requests without one."""
     sampling: SamplingParams = SamplingParams()
     """What requests ask for unless they say otherwise."""

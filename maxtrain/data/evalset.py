@@ -35,7 +35,7 @@ class EvalSet:
         self.name, self._source, self._length, self._batch_size = name, source, length, batch_size
         self._shard = prepare(name, source, tokenizer, cache_dir)
         self.num_bytes, self.num_documents, self.fingerprint = self._shard.num_bytes, self._shard.num_documents, self._shard.fingerprint
-        pieces = [piece for begin, end in pairwise(self._shard.offsets.tolist()) for piece in _pieces(begin, end, length, stride)]
+        pieces = [piece for begin, end in pairwise(self._shard.offsets[:].tolist()) for piece in _pieces(begin, end, length, stride)]
         self._windows = [[pieces[i] for i in window] for window in pack([piece.size for piece in pieces], length)]
         self.num_batches = -(-len(self._windows) // batch_size)
 

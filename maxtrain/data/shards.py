@@ -9,7 +9,8 @@ import json
 import sys
 import time
 from array import array
-from collections.abc import Iterable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -18,100 +19,166 @@ import numpy as np
 from rich.console import Console
 from rich.progress import DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from maxtrain.config.errors import Refused
+from maxtrain.config.paths import expand
 from maxtrain.config.schema import Source
 from maxtrain.data import sources
 from maxtrain.data.cache import build_once, key
+from maxtrain.data.documents import CHUNK, AnyDocument, LargeDocument
+from maxtrain.data.integrity import Mapped, read_manifest
 from maxtrain.data.tokenizer import Tokenizer
 
 FORMAT = 1
-CHUNK = 2**20  # characters tokenised together
+COUNTS = ("num_tokens", "num_documents", "num_bytes")
 SHOW_AFTER = 2.0  # seconds of preparation before progress is shown
 
 
 class Shard:
-    """A prepared source: `tokens` holds [bos, document, eos] for every document, in an order shuffled once and for all."""
+    """A prepared source: `tokens` holds every document between its beginning and end tokens, in an order shuffled once and for all."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, write: Callable[[Path], None] | None = None) -> None:
+        """`write` makes the same folder anew, which is done when a damaged block is found.
+
+        Raises:
+            OSError: a file is missing.
+            ValueError: the files are no shard, or not of the size they were written with.
+        """
+        self.folder, self._remake = folder, write
         self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
         self.fingerprint = folder.name
-        self.num_tokens: int = self.meta["num_tokens"]
-        self.num_documents: int = self.meta["num_documents"]
-        self.num_bytes: int = self.meta["num_bytes"]
+        self.num_tokens, self.num_documents, self.num_bytes = (_count(self.meta, name) for name in COUNTS)
+        if self.meta["dtype"] not in ("uint16", "uint32"):
+            raise ValueError(f"meta.json: dtype is {self.meta['dtype']!r}")
+        self.dtype = np.dtype(self.meta["dtype"])
+        sizes = {"tokens": self.num_tokens * self.dtype.itemsize, "offsets": (self.num_documents + 1) * 8}
+        for name, size in sizes.items():
+            if (found := (folder / name).stat().st_size) != size:
+                raise ValueError(f"{name} has {found} bytes and not {size}")
 
     def __reduce__(self) -> tuple:
-        return Shard, (self.folder,)  # another process maps the files again; a pickled map would carry the tokens
-
-    @classmethod
-    def find(cls, folder: Path) -> Shard | None:
-        """The shard in `folder`; None if there is none or its files are not the size they were written with."""
-        try:
-            shard = cls(folder)
-            sizes = [(folder / name).stat().st_size for name in ("tokens", "offsets")]
-        except (OSError, ValueError, KeyError):
-            return None
-        dtype = np.dtype(shard.meta["dtype"])
-        return shard if sizes == [shard.num_tokens * dtype.itemsize, (shard.num_documents + 1) * 8] else None
+        return Shard, (self.folder, self._remake)  # another process maps the files again; a pickled map would carry the tokens
 
     @cached_property
-    def tokens(self) -> np.ndarray:
+    def tokens(self) -> Mapped:
         """Token ids [num_tokens], uint16 or uint32, mapped."""
-        return np.asarray(np.memmap(self.folder / "tokens", self.meta["dtype"], "r"))
+        return Mapped(self.folder / "tokens", self.dtype, self._mend)
 
     @cached_property
-    def offsets(self) -> np.ndarray:
+    def offsets(self) -> Mapped:
         """Where each document begins in `tokens`, and their end [num_documents + 1] int64, mapped."""
-        return np.asarray(np.memmap(self.folder / "offsets", np.int64, "r"))
+        return Mapped(self.folder / "offsets", np.int64, self._mend)
+
+    def _mend(self, wrong: str) -> None:
+        """Make the folder anew, since a block of it is damaged; `Refused` if that does not give the same."""
+        remedy = f"remove {self.folder}, and the data is prepared as it is now"
+        if self._remake is None:
+            raise Refused(f"{self.folder}: damaged: {wrong}: {remedy}")
+        before = read_manifest(self.folder)
+        build_once(self.folder, Shard, self._remake, whole=True)
+        if read_manifest(self.folder) != before:
+            raise Refused(f"{self.folder}: damaged: {wrong}; what it was made of has changed since: {remedy}")
+
+    def check(self, vocab_size: int) -> list[str]:
+        """What cannot be in a shard of a tokenizer of this size: documents out of order, ids beyond the vocabulary."""
+        offsets, tokens = self.offsets, self.tokens
+        if (offsets[0], offsets[-1]) != (0, self.num_tokens):
+            return [f"offsets go from {offsets[0]} to {offsets[-1]}, not from 0 to {self.num_tokens}"]
+        if not all((np.diff(offsets[i : i + CHUNK + 1]) > 0).all() for i in range(0, self.num_documents, CHUNK)):
+            return ["offsets do not increase"]
+        largest = max(int(tokens[i : i + CHUNK].max()) for i in range(0, self.num_tokens, CHUNK))
+        return [f"a token is {largest}, the vocabulary has {vocab_size}"] if largest >= vocab_size else []
 
     def window(self, start: int, size: int) -> tuple[np.ndarray, np.ndarray]:
         """`size` tokens [size] int32 from `start` on, taking the shard as a ring, and which of them begin a document [size] bool."""
-        index = np.arange(start, start + size) % self.num_tokens
-        begins = self.offsets[np.searchsorted(self.offsets, index)] == index
-        return self.tokens[index].astype(np.int32), begins
+        tokens, begins = np.empty(size, np.int32), np.zeros(size, bool)
+        done = 0
+        while done < size:  # once round the ring, or more often
+            first = (start + done) % self.num_tokens
+            part = min(size - done, self.num_tokens - first)
+            tokens[done : done + part] = self.tokens[first : first + part]
+            begin = bisect_left(self.offsets, first)
+            begins[done + self.offsets[begin : bisect_left(self.offsets, first + part, begin)] - first] = True
+            done += part
+        return tokens, begins
+
+
+def _count(meta: dict[str, Any], name: str) -> int:
+    if type(meta[name]) is not int or meta[name] < 1:
+        raise ValueError(f"meta.json: {name} is {meta[name]!r}")
+    return meta[name]
 
 
 def prepare(name: str, source: Source, tokenizer: Tokenizer, cache_dir: str) -> Shard:
     """The shard of `source`, made if `cache_dir` does not hold it; `name` is for the progress line. Bad data is `Refused`."""
+    for note in sources.notes(source):
+        print(f"note: {name}: {note}", file=sys.stderr)
     made_of = key(FORMAT, sources.fingerprint(source, cache_dir), tokenizer.fingerprint)
-    return build_once(Path(cache_dir).expanduser() / "shards" / made_of, Shard.find, partial(_write, name, source, tokenizer))
+    write = partial(_write, name, source, tokenizer)
+    folder = Path(expand(cache_dir, "data.cache_dir")) / "shards" / made_of
+    return build_once(folder, partial(Shard, write=write), write, lambda shard: shard.check(tokenizer.vocab_size))
 
 
 def _write(name: str, source: Source, tokenizer: Tokenizer, folder: Path) -> None:
-    """Tokenise in the source's order, then copy the documents in a shuffled one; only the index is ever in memory."""
+    """Tokenise in the source's order, then copy the documents in a shuffled one; only the index and a few chunks are ever in memory."""
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+    begin, end = tokenizer.boundaries.document_begin, tokenizer.boundaries.document_end
     lengths, num_bytes = array("q"), 0
     with open(folder / "unshuffled", "wb") as file:
-        for texts in _chunks(_shown(sources.documents(source), name)):
-            num_bytes += sum(len(text.encode()) for text in texts)
-            for ids in tokenizer.encode_batch(texts):
-                np.concatenate([[tokenizer.bos_id], ids, [tokenizer.eos_id]]).astype(dtype).tofile(file)
-                lengths.append(len(ids) + 2)
+        for documents in _batches(_shown(sources.documents(source), name)):
+            num_bytes += sum(document.num_bytes for document in documents)
+            for ids in _encoded(documents, tokenizer, name):
+                lengths.append(0)
+                for part in (np.array(begin), *ids, np.array(end)):
+                    file.write(part.astype(dtype).tobytes())
+                    lengths[-1] += len(part)
     ends = np.cumsum(lengths)
     order = np.random.default_rng(0).permutation(len(ends))
-    unshuffled = np.asarray(np.memmap(folder / "unshuffled", dtype, "r"))
-    with open(folder / "tokens", "wb") as file:
+    with open(folder / "unshuffled", "rb") as unshuffled, open(folder / "tokens", "wb") as file:
         for i in order:
-            unshuffled[ends[i] - lengths[i] : ends[i]].tofile(file)
+            unshuffled.seek(int(ends[i] - lengths[i]) * dtype.itemsize)
+            left = lengths[i] * dtype.itemsize
+            while left:
+                left -= file.write(unshuffled.read(min(left, CHUNK)))
     (folder / "unshuffled").unlink()
     np.concatenate([[0], np.cumsum(np.array(lengths)[order])]).astype(np.int64).tofile(folder / "offsets")
     meta = {"dtype": dtype.name, "num_tokens": int(ends[-1]), "num_documents": len(ends), "num_bytes": num_bytes}
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
-def _chunks(documents: Iterable[sources.Document]) -> Iterator[list[str]]:
-    texts: list[str] = []
+def _encoded(documents: list[AnyDocument], tokenizer: Tokenizer, name: str) -> Iterator[Iterable[np.ndarray]]:
+    """Token ids of each document in parts: short ones are tokenised together, a long one by itself, in pieces."""
+    if len(documents) > 1 or not _is_long(documents[0]):
+        yield from ([ids] for ids in tokenizer.encode_batch([document.text for document in documents]))
+        return
+
+    def grown(size: int) -> None:
+        print(f"note: {name}: {documents[0].name}: no place to cut in {size:,} characters, so more are tokenised at once", file=sys.stderr)
+
+    yield tokenizer.encode_long(documents[0].chunks(), grown)
+
+
+def _is_long(document: AnyDocument) -> bool:
+    return isinstance(document, LargeDocument) or len(document.text) > CHUNK
+
+
+def _batches(documents: Iterable[AnyDocument]) -> Iterator[list[AnyDocument]]:
+    """Short documents that have `CHUNK` characters together, and long ones each by itself, in order."""
+    batch: list[AnyDocument] = []
     size = 0
     for document in documents:
-        texts.append(document.text)
-        size += len(document.text)
-        if size > CHUNK:
-            yield texts
-            texts, size = [], 0
-    if texts:
-        yield texts
+        if batch and (size > CHUNK or _is_long(document)):
+            yield batch
+            batch, size = [], 0
+        if _is_long(document):
+            yield [document]
+        else:
+            batch.append(document)
+            size += len(document.text)
+    if batch:
+        yield batch
 
 
-def _shown(documents: Iterable[sources.Document], name: str) -> Iterator[sources.Document]:
+def _shown(documents: Iterable[AnyDocument], name: str) -> Iterator[AnyDocument]:
     """`documents`, with a progress line on a terminal when they take long."""
     columns = (SpinnerColumn(), TextColumn(f"preparing {name}"), DownloadColumn(), TimeElapsedColumn())
     progress = Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
@@ -122,6 +189,6 @@ def _shown(documents: Iterable[sources.Document], name: str) -> Iterator[sources
             if time.monotonic() - begin > SHOW_AFTER:
                 progress.start()
             yield document
-            progress.advance(task, len(document.text))
+            progress.advance(task, document.num_bytes)
     finally:
         progress.stop()

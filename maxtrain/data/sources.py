@@ -7,45 +7,39 @@ file (`__init__.py`) is normal and simply holds no document.
 from __future__ import annotations
 
 import contextlib
-import gzip
 import hashlib
-import io
 import json
 import os
 import random
 import sysconfig
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from maxtrain.config.errors import Refused
+from maxtrain.config.paths import expand
+from maxtrain.config.regular_file import open_regular
 from maxtrain.config.schema import Source
+from maxtrain.data import corpus
 from maxtrain.data.cache import key
+from maxtrain.data.documents import AnyDocument, Document, LargeDocument, not_text, open_text, refusing
 
 STDLIB_EXCLUDED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 EMPTY = "remove it, or choose a pattern that leaves it out"
+LARGE = 16 * 2**20  # bytes of a file from which on it is read in chunks; the most of a line of jsonl
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
-class Document(NamedTuple):
-    """A text and its name: the file's path below the source's, with the line for `jsonl`."""
-
-    text: str
-    name: str
-
-
-def documents(source: Source) -> Iterator[Document]:
+def documents(source: Source) -> Iterator[AnyDocument]:
     """The documents of `source` in the order of their names, after `split` and `max_bytes`; `Refused` if there are none."""
     found = size = 0
     for document in KINDS[source.kind](source):
-        data = document.text.encode()
-        if source.split != "all" and is_heldout(data, source.heldout_fraction) != (source.split == "heldout"):
+        if source.split != "all" and is_heldout(document, source.heldout_fraction) != (source.split == "heldout"):
             continue
-        size += len(data)
-        if source.max_bytes is not None and size > source.max_bytes:
-            break
+        if source.max_bytes is not None:
+            size += document.num_bytes
+            if size > source.max_bytes:
+                break
         found += 1
         yield document
     if not found:
@@ -54,9 +48,9 @@ def documents(source: Source) -> Iterator[Document]:
         raise Refused(f"{source.path or source.kind}: split {source.split} has no document{limit}; {remedy}")
 
 
-def is_heldout(data: bytes, fraction: float) -> bool:
+def is_heldout(document: AnyDocument, fraction: float) -> bool:
     """Whether a document of this content is in the held-out part; equal documents are always in the same part."""
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest()) < fraction * 2**64
+    return int.from_bytes(document.hash) < fraction * 2**64
 
 
 def fingerprint(source: Source, cache_dir: str) -> str:
@@ -68,16 +62,17 @@ def _content(files: list[tuple[str, Path]], cache_dir: str) -> str:
     """Hash of the files' content; remembered by their status, so that a restart does not read a large corpus again."""
     status = []
     for _, path in files:
-        with _refusing(path):
+        with refusing(path):
             stat = path.stat()
+            open_regular(path).close()  # a fifo or a device has no content to be hashed
         status.append((str(path.absolute()), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
-    memo = Path(cache_dir).expanduser() / "content" / key(status)
+    memo = Path(expand(cache_dir, "data.cache_dir")) / "content" / key(status)
     with contextlib.suppress(OSError):
         if len(known := memo.read_text()) == 32:
             return known
     digest = hashlib.blake2b(digest_size=16)
     for _, path in files:
-        with _refusing(path), open(path, "rb") as file:
+        with refusing(path), open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "blake2b").digest())
     # A file changed within the clock's tick of its last change looks the same, so what is that fresh is not remembered.
     if max((entry[-1] for entry in status), default=0) < time.time_ns() - 2 * 10**9:
@@ -98,62 +93,53 @@ def _files(source: Source) -> list[tuple[str, Path]]:
         for folder, subfolders, names in os.walk(root):
             subfolders[:] = set(subfolders) - STDLIB_EXCLUDED
             paths += [Path(folder, name) for name in names if name.endswith(".py")]
-    else:
-        root = Path(source.path or "").expanduser()
-        if not os.path.exists(root):
-            raise Refused(f"{root}: no such file or folder; correct the source's path")
-        if not root.is_dir():
-            return [(root.name, root)]
-        with _refusing(root):
-            for _ in os.walk(root, onerror=_raise):  # glob would pass over a folder it may not read
-                pass
-        try:
-            paths = [path for path in root.glob(source.pattern) if not path.is_dir()]
-        except (ValueError, NotImplementedError) as error:
-            raise Refused(f"pattern {source.pattern!r}: {error}") from error
-    if not paths:
-        raise Refused(f"{root}: no file matches {source.pattern!r}; correct the source's path or pattern")
-    return sorted((path.relative_to(root).as_posix(), path) for path in paths)
+        return sorted((path.relative_to(root).as_posix(), path) for path in paths)
+    root = _root(source)
+    if not root.is_dir():
+        return [(root.name, root)]
+    with refusing(root):
+        files, hidden = corpus.find(root, source.pattern)
+    if not files:
+        only = f" but what begins with a dot ({', '.join(hidden[:3])})" if hidden else ""
+        raise Refused(f"{root}: no file matches {source.pattern!r}{only}; correct the source's path or pattern")
+    return files
 
 
-def _raise(error: OSError) -> None:
-    raise error
+def _root(source: Source) -> Path:
+    root = Path(expand(source.path or "", "the source's path"))
+    if not os.path.exists(root):
+        raise Refused(f"{root}: no such file or folder; correct the source's path")
+    return root
 
 
-@contextlib.contextmanager
-def _refusing(path: Path) -> Iterator[None]:
-    """What goes wrong while `path` is read is `Refused`."""
-    try:
-        yield
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise Refused(f"{path}: not a whole gzip file ({error}); fetch or compress it again") from error
-    except OSError as error:
-        raise Refused(f"{error.filename or path}: cannot be read: {error.strerror}; correct the path or the permissions") from error
+def notes(source: Source) -> list[str]:
+    """What is to be said about the files of a source: those that are left out, and a setting without effect."""
+    if source.kind not in ("text", "jsonl"):
+        return []
+    root = _root(source)
+    if not root.is_dir():
+        return [f"pattern={source.pattern} has no effect: {root} is a file"] if "pattern" in source.changed else []
+    with refusing(root):
+        hidden = corpus.find(root, source.pattern).hidden
+    named = ", ".join(hidden[:3]) + ", ..." * (len(hidden) > 3)
+    return [f"{root}: {len(hidden)} left out for a dot in front ({named}); a pattern with one takes them"] if hidden else []
 
 
-def _open(path: Path) -> io.BufferedIOBase:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
-
-
-def _decode(data: bytes, path: Path, line: int = 1, offset: int = 0) -> str:
-    """`data` as text; `line` and `offset` say where in the file it begins."""
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        line += data.count(b"\n", 0, error.start)
-        at = offset + error.start
-        raise Refused(f"{path}:{line}: byte {at} (0x{data[error.start]:02x}) is not valid UTF-8; convert the file to UTF-8") from error
-
-
-def _whole(source: Source) -> Iterator[Document]:
+def _whole(source: Source) -> Iterator[AnyDocument]:
     """Every file as a document."""
     for name, path in _files(source):
-        with _refusing(path), _open(path) as file:
-            data = file.read()
-        yield Document(_decode(data, path), name)
+        with refusing(path), open_text(path) as file:
+            data = file.read(LARGE + 1)
+        if len(data) > LARGE:
+            yield LargeDocument(path, name)
+            continue
+        try:
+            yield Document(data.decode(), name)
+        except UnicodeDecodeError as error:
+            raise not_text(data, error, path) from None
 
 
-def _stdlib(source: Source) -> Iterator[Document]:
+def _stdlib(source: Source) -> Iterator[AnyDocument]:
     seen: set[str] = set()
     for document in _whole(source):
         if document.text.strip() and key(document.text) not in seen:
@@ -161,9 +147,9 @@ def _stdlib(source: Source) -> Iterator[Document]:
             yield document
 
 
-def _text(source: Source) -> Iterator[Document]:
+def _text(source: Source) -> Iterator[AnyDocument]:
     for document in _whole(source):
-        if not document.text.strip():
+        if not any(chunk.strip() for chunk in document.chunks()):
             raise Refused(f"{source.path}: the file {document.name} is empty; {EMPTY}")
         yield document
 
@@ -171,11 +157,19 @@ def _text(source: Source) -> Iterator[Document]:
 def _jsonl(source: Source) -> Iterator[Document]:
     for name, path in _files(source):
         number = offset = 0
-        with _refusing(path), _open(path) as file:
-            for number, line in enumerate(file, 1):
-                text = _field(_decode(line, path, number, offset), source.field, f"{path}:{number}")
+        with refusing(path), open_text(path) as file:
+            while line := file.readline(LARGE + 1):
+                number += 1
+                if len(line) > LARGE:
+                    raise Refused(f"{path}:{number}: longer than {LARGE:,} bytes, the most of a line; cut its text, or make it a text file")
+                try:
+                    decoded = line.decode()
+                except UnicodeDecodeError as error:
+                    raise not_text(line, error, path, number, offset) from None
+                yield Document(
+                    _field(decoded.removeprefix("\ufeff" if number == 1 else ""), source.field, f"{path}:{number}"), f"{name}:{number}"
+                )
                 offset += len(line)
-                yield Document(text, f"{name}:{number}")
         if not number:
             raise Refused(f"{source.path}: the file {name} is empty; {EMPTY}")
 
@@ -183,9 +177,18 @@ def _jsonl(source: Source) -> Iterator[Document]:
 def _field(line: str, field: str, where: str) -> str:
     """The text under `field` of one JSONL line."""
     try:
-        record = json.loads(line)
+        record = json.loads(line, object_pairs_hook=_object)
+    except _Twice as error:
+        raise Refused(f"{where}: the key {error} is there twice; remove one of them") from None
     except (ValueError, RecursionError) as error:
+        if where.endswith(":1") and line.strip() in ("[", "{", "[{"):
+            kind = "object" if line.strip() == "{" else "array"
+            raise Refused(
+                f"{where}: the file is one JSON {kind} over several lines; write each document as an object in one line"
+            ) from None
         raise Refused(f"{where}: not a line of JSON ({error}); correct or remove the line") from error
+    if isinstance(record, list):
+        raise Refused(f"{where}: a JSON array (list), not an object with the key {field!r}; write each of its objects in a line of its own")
     if not isinstance(record, dict):
         raise Refused(f"{where}: a JSON {type(record).__name__}, not an object with the key {field!r}")
     if field not in record:
@@ -202,6 +205,18 @@ def _field(line: str, field: str, where: str) -> str:
     return text
 
 
+class _Twice(ValueError):
+    """The name of a key that an object has twice."""
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _Twice(repr(next(name for name in names if names.count(name) > 1)))
+    return found
+
+
 def _synthetic(source: Source) -> Iterator[Document]:
     """Sums, copies, reversals and counts, drawn from the document's number alone: the same in every run, like a file."""
     for number in range(source.num_documents):
@@ -216,4 +231,9 @@ def _synthetic(source: Source) -> Iterator[Document]:
         yield Document(text[:target], f"{number:09d}")
 
 
-KINDS: dict[str, Callable[[Source], Iterator[Document]]] = {"stdlib": _stdlib, "text": _text, "jsonl": _jsonl, "synthetic": _synthetic}
+KINDS: dict[str, Callable[[Source], Iterator[AnyDocument]]] = {
+    "stdlib": _stdlib,
+    "text": _text,
+    "jsonl": _jsonl,
+    "synthetic": _synthetic,
+}

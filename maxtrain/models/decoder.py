@@ -16,7 +16,7 @@ from maxtrain.models.block import ACTIVATION, Block
 from maxtrain.models.layers import PRODUCT, Norm
 from maxtrain.models.mtp import Predictor
 from maxtrain.ops.attention import Context, softcapped
-from maxtrain.ops.linear import rows_product
+from maxtrain.ops.linear import Weight, rows_at, rows_product
 from maxtrain.ops.pages import size_of
 from maxtrain.ops.routing import Balance
 from maxtrain.parallel.pipeline import run_stages
@@ -131,8 +131,8 @@ class Decoder(nnx.Module):
         return Output(self._scaled(hidden), cache, balance)
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
-        table = constrain(self.embedding.get_value().astype(self.compute), ("vocab", None))  # gathered before it is read
-        x = constrain(table[tokens], ACTIVATION)
+        table = jax.tree.map(lambda t: constrain(t, ("vocab", None)), Weight.of(self.embedding.get_value(), self.compute))
+        x = constrain(rows_at(table, tokens), ACTIVATION)  # the table is gathered before it is read
         return x if self.cfg.embedding_multiplier == 1.0 else x * jnp.asarray(self.cfg.embedding_multiplier, x.dtype)
 
     def _scaled(self, hidden: jax.Array) -> jax.Array:
@@ -146,12 +146,12 @@ class Decoder(nnx.Module):
 
     @property
     def head_weights(self) -> jax.Array:
-        """The output head [vocab, embed] in the compute format."""
-        return (self.embedding if self.head is None else self.head).get_value().astype(self.compute)
+        """The output head [vocab, embed], in the format of the parameters."""
+        return (self.embedding if self.head is None else self.head).get_value()
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits, float32 [batch, length, vocab], of hidden states [batch, length, embed]."""
-        return softcapped(rows_product(hidden, self.head_weights, jnp.float32), self.cfg.final_softcap)
+        return softcapped(rows_product(hidden, self.head_weights.astype(hidden.dtype), jnp.float32), self.cfg.final_softcap)
 
     def cache_spec(self, num_pages: int, page_size: int) -> Any:
         """Abstract pools of pages for the layers; all periods of a scanned body share one, in which each has its part."""

@@ -8,7 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from maxtrain.config import schema
 from maxtrain.ops.gated import GATED
-from maxtrain.ops.linear import linear
+from maxtrain.ops.linear import add_bias, linear
 from maxtrain.ops.norm import layer_norm, one_plus_rms_norm, rms_norm
 from maxtrain.parallel.sharding import constrain, param
 
@@ -17,8 +17,8 @@ PRODUCT = "product"  # what remat calls the products with weights
 
 def matmul(x: jax.Array, weight: nnx.Param, bias: nnx.Param | None = None) -> jax.Array:
     """x [..., in] times weight [in, out], plus bias [out], -> [..., out], in the format of x."""
-    y = checkpoint_name(linear(x, weight.get_value().astype(x.dtype)), PRODUCT)
-    return y if bias is None else y + bias.get_value().astype(x.dtype)
+    y = checkpoint_name(linear(x, weight.get_value()), PRODUCT)
+    return y if bias is None else add_bias(y, bias.get_value())
 
 
 NORMS: dict[str, tuple[Callable[..., jax.Array], float | None]] = {

@@ -15,18 +15,14 @@ from maxtrain.config import schema
 from maxtrain.models.layers import Mlp, matmul
 from maxtrain.ops.expert_parallel import boxes_to_owners, boxes_to_senders, rows_to_owners
 from maxtrain.ops.gated import GATED
-from maxtrain.ops.grouped_matmul import grouped_matmul
+from maxtrain.ops.grouped_matmul import boxed_matmul, grouped_matmul
+from maxtrain.ops.linear import Weight, add_bias
 from maxtrain.ops.routing import Balance, balance, route
 from maxtrain.parallel.sharding import index, param, parts, per_shard, psum
 
-MATRICES = (
-    ("expert", None, "mlp"),
-    ("expert", None, "mlp"),
-    ("expert", "mlp", None),
-    ("expert", "mlp"),
-    ("expert", "mlp"),
-    ("expert", None),
-)  # axes, where they are multiplied, of gate, up, down and their biases
+MATRICES = ("expert", None, "mlp"), ("expert", None, "mlp"), ("expert", "mlp", None)
+BIASES = ("expert", "mlp"), ("expert", "mlp"), ("expert", None)
+"""Axes, where they are used, of gate, up and down."""
 
 
 class MoeMlp(nnx.Module):
@@ -55,17 +51,19 @@ class MoeMlp(nnx.Module):
 
     def __call__(self, x: jax.Array, segments: jax.Array) -> tuple[jax.Array, Balance]:
         """Output [batch, length, embed] and the balancing terms; tokens of segment 0 are padding."""
-        logits = jnp.einsum("ble,ex->blx", x.astype(jnp.float32), self.router.get_value().astype(jnp.float32))
+        router = self.router.get_value().astype(jnp.float32)
+        logits = jnp.einsum("ble,ex->blx", x.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST)
         if self.router_bias is not None:
             logits += self.router_bias.get_value().astype(jnp.float32)
         balance_bias = None if self.balance_bias is None else self.balance_bias.get_value()
         routing, real = route(self.cfg, logits, balance_bias), segments != 0
-        weights = (self.gate, self.up, self.down, self.gate_bias, self.up_bias, self.down_bias)
-        matrices = [p.get_value().astype(x.dtype) for p in weights if p is not None]
-        tokens, inputs = ("batch", None, None), MATRICES[: len(matrices)]
+        matrices = [Weight.of(p.get_value(), x.dtype) for p in (self.gate, self.up, self.down)]
+        biases = [p.get_value().astype(jnp.float32) for p in (self.gate_bias, self.up_bias, self.down_bias) if p is not None]
+        tokens, inputs = ("batch", None, None), (*MATRICES, *MATRICES, *BIASES[: len(biases)])
         dispatch = DISPATCH[self.cfg.dispatch](self.cfg, self.activation)
         dispatch = per_shard(dispatch, (tokens, tokens, tokens, tokens[:2], *inputs), tokens)
-        y = dispatch(x, routing.weights.astype(x.dtype), routing.experts, real, *matrices)
+        given = *(w.value for w in matrices), *(w.wide for w in matrices), *biases
+        y = dispatch(x, routing.weights.astype(x.dtype), routing.experts, real, *given)
         if self.shared is not None:
             y += self._shared(self.shared, x)
         return y, balance(self.cfg, routing, real, balance_bias)
@@ -76,15 +74,17 @@ class MoeMlp(nnx.Module):
         return y if self.shared_gate is None else y * jax.nn.sigmoid(matmul(x, self.shared_gate))
 
 
-def _experts(activation: str, rows: jax.Array, matrices: tuple[jax.Array, ...], product: Any, biased: Any) -> jax.Array:
+def _experts(activation: str, rows: jax.Array, given: tuple[jax.Array, ...], product: Any, biased: Any) -> jax.Array:
     """The experts' feed-forward on sorted or boxed rows.
 
     Args:
-        matrices: gate, up, down [experts, in, out] and, where experts have them, their biases [experts, out].
-        product: (rows, matrix) -> rows, each by its own expert's matrix.
+        given: gate, up, down [experts, in, out] in the compute format, again in float32 (`Weight`) and, where experts have them, their
+            biases [experts, out].
+        product: (rows, Weight) -> rows, each by its own expert's matrix.
         biased: (rows, bias [experts, out]) -> rows, each with its own expert's bias added.
     """
-    gate, up, down, *biases = matrices
+    gate, up, down = (Weight(*pair) for pair in zip(given[:3], given[3:6], strict=True))
+    biases = given[6:]
     if not biases:
         return product(GATED[activation](product(rows, gate), product(rows, up)), down)
     gate_bias, up_bias, down_bias = biases
@@ -96,16 +96,17 @@ def _experts(activation: str, rows: jax.Array, matrices: tuple[jax.Array, ...], 
 
 @jax.custom_vjp
 def _biased(rows: jax.Array, owner: jax.Array, bias: jax.Array) -> jax.Array:
-    """rows [rows, out] plus bias [experts, out] of their experts, which owner [rows, experts] names with ones.
+    """rows [rows, out] plus bias float32 [experts, out] of their experts, which owner [rows, experts] names with ones.
 
     By a product, since TPUs add up a gather's gradient row by row; whose gradient comes before anything goes on from that of the rows:
     a compiler that puts it off keeps the rows' gradients of all products and layers at hand meanwhile.
     """
-    return rows + owner @ bias
+    return rows + owner @ bias.astype(rows.dtype)
 
 
 def _biased_backward(owner: jax.Array, d_rows: jax.Array) -> tuple[jax.Array, None, jax.Array]:
-    d_rows, d_bias = jax.lax.optimization_barrier((d_rows, owner.T @ d_rows))
+    d_bias = jnp.matmul(owner.T, d_rows, preferred_element_type=jnp.float32)
+    d_rows, d_bias = jax.lax.optimization_barrier((d_rows, d_bias))
     return d_rows, None, d_bias
 
 
@@ -115,7 +116,7 @@ _biased.defvjp(lambda rows, owner, bias: (_biased(rows, owner, bias), owner), _b
 def dropless(cfg: schema.Moe, activation: str):
     """Every token reaches its experts: rows are sorted by expert and multiplied group by group."""
 
-    def dispatch(x: jax.Array, weights: jax.Array, experts: jax.Array, real: jax.Array, *matrices: jax.Array):
+    def dispatch(x: jax.Array, weights: jax.Array, experts: jax.Array, real: jax.Array, *given: jax.Array):
         batch, length, embed = x.shape
         chosen = experts.reshape(-1)
         order = jnp.argsort(chosen, stable=True)
@@ -124,7 +125,7 @@ def dropless(cfg: schema.Moe, activation: str):
         rows, sizes, bring_back = rows_to_owners(rows, sizes)
         place, ends = jnp.arange(rows.shape[0])[:, None], jnp.cumsum(sizes)
         owner = ((place >= ends - sizes) & (place < ends)).astype(x.dtype)
-        out = _experts(activation, rows, matrices, lambda a, b: grouped_matmul(a, b, sizes), lambda y, bias: _biased(y, owner, bias))
+        out = _experts(activation, rows, given, lambda a, b: grouped_matmul(a, b, sizes), lambda y, bias: _biased(y, owner, bias))
         out = bring_back(out)[jnp.argsort(order)]
         return psum(jnp.einsum("blke,blk->ble", out.reshape(batch, length, cfg.experts_per_token, embed), weights), "mlp")
 
@@ -134,7 +135,7 @@ def dropless(cfg: schema.Moe, activation: str):
 def capacity(cfg: schema.Moe, activation: str):
     """Each expert takes at most `capacity_factor` times an even share of a sequence's tokens, first choices first."""
 
-    def dispatch(x: jax.Array, weights: jax.Array, experts: jax.Array, real: jax.Array, *matrices: jax.Array):
+    def dispatch(x: jax.Array, weights: jax.Array, experts: jax.Array, real: jax.Array, *given: jax.Array):
         batch, length, embed = x.shape
         slots = max(1, math.ceil(cfg.capacity_factor * length * cfg.experts_per_token / cfg.num_experts))
         by_rank = experts.transpose(0, 2, 1).reshape(batch, -1)  # all first choices, then all second ones
@@ -145,7 +146,7 @@ def capacity(cfg: schema.Moe, activation: str):
         rows = jnp.tile(x, (1, cfg.experts_per_token, 1))
         boxes = jax.vmap(lambda row, at: jnp.zeros((cfg.num_experts * slots, embed), x.dtype).at[at].set(row, mode="drop"))(rows, target)
         boxes = boxes.reshape(batch, cfg.num_experts, slots, embed).transpose(1, 0, 2, 3).reshape(cfg.num_experts, -1, embed)
-        out = boxes_to_senders(_experts(activation, boxes_to_owners(boxes), matrices, jnp.matmul, lambda y, bias: y + bias[:, None]))
+        out = boxes_to_senders(_experts(activation, boxes_to_owners(boxes), given, boxed_matmul, jax.vmap(add_bias)))
         out = out.reshape(cfg.num_experts, batch, slots, embed).transpose(1, 0, 2, 3).reshape(batch, -1, embed)
         picked = jax.vmap(lambda row, at: row.at[at].get(mode="fill", fill_value=0))(out, target)
         return psum(jnp.einsum("bkle,blk->ble", picked.reshape(batch, cfg.experts_per_token, length, embed), weights), "mlp")

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import jax
 
-from maxtrain.ops.causal_attention import Options, causal_attention, softcapped
+from maxtrain.ops.attention_block import softcapped
+from maxtrain.ops.causal_attention import Options, causal_attention
 from maxtrain.ops.paged_attention import paged_attention
 from maxtrain.ops.pages import Cache, Combined, Pages
 from maxtrain.ops.split_attention import split_attention

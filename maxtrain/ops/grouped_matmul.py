@@ -1,24 +1,27 @@
 """Products of rows with the weights of their group (expert), the kernel chosen by platform.
 
 `ragged_dot` is the native form on TPU and GPU; on CPU it multiplies every row with every group, so there rows are padded
-to blocks of one group each and a loop over blocks multiplies with that group's weights.
+to blocks of one group each and a loop over blocks multiplies with that group's weights. The gradient of the weights is
+summed in float32.
 """
 
 import jax
 import jax.numpy as jnp
 
+from maxtrain.ops.linear import Weight
 from maxtrain.parallel.sharding import platform
 
 BLOCK = 64  # rows of one group multiplied together on CPU
+OF_WEIGHTS = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[])
 
 
-def grouped_matmul(x: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Array:
+def grouped_matmul(x: jax.Array, weights: Weight, group_sizes: jax.Array) -> jax.Array:
     """Row i of x times the weights of the group it lies in; 0 for rows behind the last group, which cost nothing on TPU.
 
     Shapes: x [rows, in], sorted by group; weights [groups, in, out]; group_sizes int32 [groups]; result [rows, out].
     """
     rows = group_sizes.sum()
-    return _cut(KERNELS.get(platform(), jax.lax.ragged_dot)(_cut(x, rows), weights, group_sizes), rows)
+    return _cut(KERNELS.get(platform(), _ragged)(_cut(x, rows), weights, group_sizes), rows)
 
 
 @jax.custom_vjp
@@ -30,9 +33,24 @@ def _cut(y: jax.Array, rows: jax.Array) -> jax.Array:
 _cut.defvjp(lambda y, rows: (_cut(y, rows), rows), lambda rows, dy: (_cut(dy, rows), None))
 
 
-def _blocked(x: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Array:
+@jax.custom_vjp
+def _ragged(x: jax.Array, weights: Weight, group_sizes: jax.Array) -> jax.Array:
+    """The form of `grouped_matmul` that a compiler for accelerators knows."""
+    return jax.lax.ragged_dot(x, weights.value, group_sizes)
+
+
+def _ragged_backward(saved: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array, Weight, None]:
+    x, weights, group_sizes = saved
+    (dx,) = jax.linear_transpose(lambda x: jax.lax.ragged_dot(x, weights, group_sizes), x)(dy)
+    return dx, Weight.gradient(jax.lax.ragged_dot_general(x, dy, group_sizes, OF_WEIGHTS, preferred_element_type=jnp.float32)), None
+
+
+_ragged.defvjp(lambda x, weights, sizes: (_ragged(x, weights, sizes), (x, weights.value, sizes)), _ragged_backward)
+
+
+def _blocked(x: jax.Array, weights: Weight, group_sizes: jax.Array) -> jax.Array:
     """The CPU form of `grouped_matmul`."""
-    num_groups, num_rows = weights.shape[0], x.shape[0]
+    num_groups, num_rows = weights.value.shape[0], x.shape[0]
     padded_sizes = -(-group_sizes // BLOCK) * BLOCK
     ends, padded_ends = jnp.cumsum(group_sizes), jnp.cumsum(padded_sizes)
     group = jnp.repeat(jnp.arange(num_groups), group_sizes, total_repeat_length=num_rows)
@@ -45,27 +63,43 @@ def _blocked(x: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Ar
 
 
 @jax.custom_vjp
-def _block_products(blocks: jax.Array, weights: jax.Array, owner: jax.Array) -> jax.Array:
+def _block_products(blocks: jax.Array, weights: Weight, owner: jax.Array) -> jax.Array:
     """blocks [n, BLOCK, in] times weights[owner[n]] -> [n, BLOCK, out]."""
-    return jax.lax.map(lambda pair: pair[0] @ weights[pair[1]], (blocks, owner))
+    return jax.lax.map(lambda pair: pair[0] @ weights.value[pair[1]], (blocks, owner))
 
 
-def _forward(blocks: jax.Array, weights: jax.Array, owner: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return _block_products(blocks, weights, owner), (blocks, weights, owner)
+def _forward(blocks: jax.Array, weights: Weight, owner: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return _block_products(blocks, weights, owner), (blocks, weights.value, owner)
 
 
-def _backward(saved: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+def _backward(saved: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array, Weight, None]:
     blocks, weights, owner = saved
 
     def one(dw: jax.Array, row: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         x, g, group = row
-        return dw.at[group].add(x.T @ g), g @ weights[group].T
+        return dw.at[group].add(jnp.matmul(x.T, g, preferred_element_type=jnp.float32)), g @ weights[group].T
 
-    dw, dx = jax.lax.scan(one, jnp.zeros_like(weights), (blocks, dy, owner))
-    return dx, dw, None
+    dw, dx = jax.lax.scan(one, jnp.zeros(weights.shape, jnp.float32), (blocks, dy, owner))
+    return dx, Weight.gradient(dw), None
 
 
 _block_products.defvjp(_forward, _backward)
 
 
 KERNELS = {"cpu": _blocked}
+
+
+@jax.custom_vjp
+def boxed_matmul(x: jax.Array, weights: Weight) -> jax.Array:
+    """x [groups, rows, in], as many rows of each group, times weights [groups, in, out] -> [groups, rows, out]."""
+    return x @ weights.value
+
+
+def _boxed_backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, Weight]:
+    x, weights = saved
+    dx = jax.lax.dot_general(dy, weights, (((2,), (2,)), ((0,), (0,))))
+    dw = jax.lax.dot_general(dy, x, (((1,), (1,)), ((0,), (0,))), preferred_element_type=jnp.float32)
+    return dx, Weight.gradient(dw.swapaxes(1, 2))
+
+
+boxed_matmul.defvjp(lambda x, weights: (boxed_matmul(x, weights), (x, weights.value)), _boxed_backward)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from maxtrain.ops.linear import settle
+from maxtrain.ops.linear import Weight, settle
 from maxtrain.parallel.sharding import index, parts, per_shard, pmax, psum
 
 
@@ -19,18 +19,18 @@ def cross_entropy(
 ) -> tuple[jax.Array, jax.Array]:
     """Weighted sum of next-token losses.
 
-    Shapes: hidden [batch, length, embed]; head [vocab, embed]; targets int32 and weights float32 [batch, length]. With a
-    softcap, logits z become softcap * tanh(z / softcap).
+    Shapes: hidden [batch, length, embed]; head [vocab, embed], the parameter, multiplied in the format of hidden; targets int32
+    and weights float32 [batch, length]. With a softcap, logits z become softcap * tanh(z / softcap).
     Returns: the sum over all tokens of weight * (cross-entropy + z_loss * logsumexp^2), a scalar to differentiate; and
     the weighted cross-entropy in nats of each sequence, float32 [batch], a constant to the gradient.
     """
     tokens = ("batch", "length")
     local = per_shard(partial(_local, z_loss, chunk, softcap), ((*tokens, None), tokens, tokens, ("vocab", None)), (tokens, tokens))
-    total, rows = local(hidden, targets, weights, head)
+    total, rows = local(hidden, targets, weights, Weight.of(head, hidden.dtype))
     return total.sum(), jax.lax.stop_gradient(rows.sum(axis=1))
 
 
-def _local(z_loss: float, chunk: int, softcap: float | None, hidden: jax.Array, targets: jax.Array, weights: jax.Array, head: jax.Array):
+def _local(z_loss: float, chunk: int, softcap: float | None, hidden: jax.Array, targets: jax.Array, weights: jax.Array, head: Weight):
     """Total loss [1, 1] and cross-entropy of each sequence [batch, 1] of the tokens of one device."""
     length = hidden.shape[1]
     chunk = min(chunk, length)
@@ -83,13 +83,13 @@ def _sequences(batch: int, losses: jax.Array) -> jax.Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _sums(z_loss: float, chunk: int, softcap: float | None, hidden: jax.Array, targets: jax.Array, weights: jax.Array, head: jax.Array):
+def _sums(z_loss: float, chunk: int, softcap: float | None, hidden: jax.Array, targets: jax.Array, weights: jax.Array, head: Weight):
     """Total loss [1] and cross-entropy of each sequence [batch], over the local rows and all of the vocabulary."""
-    targets = targets - index("vocab") * head.shape[0]
+    targets = targets - index("vocab") * head.value.shape[0]
 
     def one(part: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         x, target, weight = part
-        found = _softmax(x, target, head, softcap)
+        found = _softmax(x, target, head.value, softcap)
         ce = weight * found.cross_entropy[:, 0]
         return ce.sum() + z_loss * jnp.sum(weight * found.log_sum[:, 0] ** 2), ce
 
@@ -97,13 +97,13 @@ def _sums(z_loss: float, chunk: int, softcap: float | None, hidden: jax.Array, t
     return total.sum()[None], _sequences(hidden.shape[0], ce)
 
 
-def _forward(z_loss: float, chunk: int, softcap: float | None, hidden: jax.Array, targets: jax.Array, weights: jax.Array, head: jax.Array):
-    vocab, embed = head.shape
+def _forward(z_loss: float, chunk: int, softcap: float | None, hidden: jax.Array, targets: jax.Array, weights: jax.Array, head: Weight):
+    vocab, embed = head.value.shape
     targets = targets - index("vocab") * vocab
 
     def one(d_head: jax.Array, part: tuple[jax.Array, ...]):
         x, target, weight = part[0], part[1], part[2][:, None]
-        found = _softmax(x, target, head, softcap)
+        found = _softmax(x, target, head.value, softcap)
         loss = jnp.sum(weight * (found.cross_entropy + z_loss * found.log_sum**2))
         slope = weight * (1 + 2 * z_loss * found.log_sum) / found.total
         hit = jnp.arange(vocab) == target[:, None]
@@ -111,11 +111,11 @@ def _forward(z_loss: float, chunk: int, softcap: float | None, hidden: jax.Array
         d_logits = settle((d_logits if found.slope is None else d_logits * found.slope).astype(x.dtype))
         # [embed, vocab]: the narrow operand on the left, see ops/linear.py
         d_head += settle(jnp.einsum("re,rv->ev", x, d_logits, preferred_element_type=jnp.float32))
-        return d_head, (loss, (weight * found.cross_entropy)[:, 0], d_logits @ head)
+        return d_head, (loss, (weight * found.cross_entropy)[:, 0], d_logits @ head.value)
 
     d_head, (loss, ce, d_x) = jax.lax.scan(one, jnp.zeros((embed, vocab), jnp.float32), _chunks(chunk, hidden, targets, weights))
     d_hidden = jnp.moveaxis(d_x.reshape(-1, hidden.shape[0], chunk, embed), 0, 1).reshape(hidden.shape)
-    return (loss.sum()[None], _sequences(hidden.shape[0], ce)), (d_hidden, d_head.astype(head.dtype).T)
+    return (loss.sum()[None], _sequences(hidden.shape[0], ce)), (d_hidden, d_head.T)
 
 
 def _backward(
@@ -124,7 +124,7 @@ def _backward(
     d_hidden, d_head = saved
     # Of the total; the sum of each sequence is not differentiated. Devices with parts of the vocabulary have shares of it.
     slope = psum(cotangents[0][0], "vocab")
-    return (d_hidden * slope).astype(d_hidden.dtype), None, None, (d_head * slope).astype(d_head.dtype)
+    return (d_hidden * slope).astype(d_hidden.dtype), None, None, Weight.gradient(d_head * slope)
 
 
 _sums.defvjp(_forward, _backward)

@@ -40,11 +40,16 @@ def longrope(frequencies: np.ndarray, cfg: schema.RopeScaling, theta: float) -> 
     return frequencies / np.asarray(cfg.short_factors)
 
 
-SCALINGS = {"llama3": llama3, "yarn": yarn, "linear": linear, "longrope": longrope}
+def dynamic(frequencies: np.ndarray, cfg: schema.RopeScaling, theta: float) -> np.ndarray:
+    """Dynamic NTK within the original length: nothing is stretched."""
+    return frequencies
+
+
+SCALINGS = {"llama3": llama3, "yarn": yarn, "linear": linear, "longrope": longrope, "dynamic": dynamic}
 
 
 def frequencies(cfg: schema.Rope, width: int) -> np.ndarray:
-    """Angular frequency of every pair of `width` rotated elements, of longrope in short documents: float32 [width / 2]."""
+    """Angular frequency of every pair of `width` rotated elements, of longrope and dynamic in short documents: float32 [width / 2]."""
     base = _unscaled(cfg, width)
     scaled = base if cfg.scaling is None else SCALINGS[cfg.scaling.kind](base, cfg.scaling, cfg.theta)
     return scaled.astype(np.float32)
@@ -58,17 +63,26 @@ def angles(positions: jax.Array, cfg: schema.Rope, width: int, segments: jax.Arr
     """Cosine and sine, float32 [batch, length, rotated / 2], for positions [batch, length] and heads of `width`.
 
     Args:
-        segments: int32 [batch, length], the document of each token; None where all are within longrope's original length.
+        segments: int32 [batch, length], the document of each token; None where all are within the original length.
     """
     frequency: Any = frequencies(cfg, cfg.width(width))
-    if cfg.scaling is not None and cfg.scaling.kind == "longrope" and segments is not None:
-        long = (_unscaled(cfg, cfg.width(width)) / np.asarray(cfg.scaling.long_factors)).astype(np.float32)
-        is_long = _lengths(positions, segments) > cfg.scaling.original_length
-        frequency = jnp.where(is_long[..., None], long, frequency)
+    if cfg.scaling is not None and cfg.scaling.by_length and segments is not None:
+        lengths = _lengths(positions, segments)[..., None]
+        frequency = jnp.where(lengths > cfg.scaling.original_length, _long(cfg, cfg.width(width), lengths), frequency)
     phase = positions.astype(jnp.float32)[..., None] * frequency
     cos, sin = jnp.cos(phase), jnp.sin(phase)
     factor = 1.0 if cfg.scaling is None else cfg.scaling.rotation_factor
     return (cos, sin) if factor == 1.0 else (cos * factor, sin * factor)
+
+
+def _long(cfg: schema.Rope, width: int, lengths: jax.Array) -> Any:
+    """The frequencies in documents of `lengths` [batch, length, 1] beyond the original one: float32 [..., width / 2]."""
+    assert cfg.scaling is not None
+    if cfg.scaling.kind == "longrope":
+        return (_unscaled(cfg, width) / np.asarray(cfg.scaling.long_factors)).astype(np.float32)
+    grown = cfg.scaling.factor * lengths.astype(jnp.float32) / cfg.scaling.original_length - (cfg.scaling.factor - 1)
+    theta = cfg.theta * grown ** (width / (width - 2))  # as in transformers, in float32
+    return 1.0 / theta ** (np.arange(0, width, 2, dtype=np.float32) / width)
 
 
 def _lengths(positions: jax.Array, segments: jax.Array) -> jax.Array:

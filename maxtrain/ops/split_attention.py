@@ -56,7 +56,8 @@ def split_attention(
     k, v = _repeated(k, devices), _repeated(v, devices)
     axes = ("batch", way.tokens, "heads", None)
     inputs = (axes, axes, axes, ("batch", way.segments), (way.tokens,), ("heads",))
-    local = per_shard(lambda *local: way.attention(*local, options), inputs, axes, always=attention_backend() != "xla")
+    alone = parts("length") > 1 or attention_backend() != "xla"  # loops and kernels are nothing a compiler should share out
+    local = per_shard(lambda *local: way.attention(*local, options), inputs, axes, always=alone)
     return local(q, k, v, segments, indices, sinks)
 
 

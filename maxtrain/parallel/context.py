@@ -38,8 +38,9 @@ def _against_balance(config: schema.Config, devices: int) -> str | None:
     if config.model.moe is not None and config.model.moe.dispatch == "capacity":  # first come, first served
         return "model.moe.dispatch=capacity drops tokens by their order: choose dropless"
     ropes = (config.model.rope, *(slot.rope for slot in config.model.slots.values() if slot.rope))
-    if any(rope.scaling and rope.scaling.kind == "longrope" for rope in ropes):  # it counts the tokens of each document
-        return "longrope (rope.scaling.kind) needs the tokens of a document side by side"
+    kinds = [rope.scaling.kind for rope in ropes if rope.scaling and rope.scaling.by_length]
+    if kinds:  # they count the tokens of each document
+        return f"{kinds[0]} (rope.scaling.kind) needs the tokens of a document side by side"
     return None
 
 

@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import math
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, get_args
@@ -18,12 +19,15 @@ from jax.experimental import mesh_utils
 
 from maxtrain.config import schema
 from maxtrain.config.errors import Refused
+from maxtrain.config.paths import expand
 from maxtrain.parallel import context
+from maxtrain.parallel.peers import JOIN_SECONDS, PEER_LOST, leave
 from maxtrain.parallel.pipeline import timetable
 from maxtrain.parallel.sharding import Layout
 
 ACCELERATORS = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin")  # packages without which jax finds CPUs only
 AXES = get_args(schema.MeshAxis)
+SHUTDOWN_SECONDS = 60  # that a process which is done waits for the others
 
 
 @functools.cache
@@ -44,18 +48,48 @@ def keep_memory() -> None:
 def start(run: schema.Run, mesh: schema.Mesh) -> None:
     """Join the other processes (if there are any) and switch on the compilation cache. Idempotent."""
     keep_memory()
-    if run.compile_cache is not None:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(run.compile_cache))
+    cache = _compile_cache(run)
+    if cache is not None:
+        jax.config.update("jax_compilation_cache_dir", cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
     if mesh.num_processes == 1 or jax.distributed.is_initialized():
         return
-    if mesh.num_processes == "auto":
-        jax.distributed.initialize()
-    else:
-        jax.distributed.initialize(mesh.coordinator, mesh.num_processes, mesh.process_id)
-        if jax.process_count() != mesh.num_processes:
-            raise Refused(f"mesh.num_processes={mesh.num_processes}, but {jax.process_count()} processes joined")
+    # JAX's own answer to SIGTERM would take the place of ours: a run asks all its processes in every step
+    jax.config.update("jax_enable_preemption_service", False)
+    late = f"mesh.num_processes={mesh.num_processes}: not all processes came within {JOIN_SECONDS} s; start them all again"
+    timer = threading.Timer(JOIN_SECONDS, leave, (PEER_LOST, late))  # then JAX would abort with a dump
+    timer.daemon = True
+    timer.start()
+    try:
+        jax.distributed.initialize(
+            mesh.coordinator,
+            None if mesh.num_processes == "auto" else mesh.num_processes,
+            mesh.process_id,
+            initialization_timeout=JOIN_SECONDS + 30,
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+        )
+    except ValueError as error:  # what was not given was not found either
+        raise Refused(
+            f"mesh.num_processes={mesh.num_processes}: no cluster says who the processes are ({error}): "
+            "set mesh.coordinator, mesh.num_processes and mesh.process_id"
+        ) from error
+    finally:
+        timer.cancel()
+    if mesh.num_processes not in ("auto", jax.process_count()):
+        raise Refused(f"mesh.num_processes={mesh.num_processes}, but {jax.process_count()} processes joined")
+
+
+def _compile_cache(run: schema.Run) -> str | None:
+    """The folder of the compilation cache; None where there is none, also because the default's home folder is unknown."""
+    if run.compile_cache is None:
+        return None
+    try:
+        return expand(run.compile_cache, "run.compile_cache")
+    except Refused:
+        if "compile_cache" in run.changed:
+            raise
+        return None  # it only saves time
 
 
 def sizes(cfg: schema.Mesh, num_devices: int) -> tuple[int, ...]:
@@ -118,8 +152,9 @@ def resolve(config: schema.Config, mesh: jax.sharding.Mesh) -> schema.Config:
 
 def settle(config: schema.Config, on_cpu: bool, staged: bool = False) -> schema.Config:
     """The config with every `auto` settled for CPUs, or for accelerators; the stages of a pipeline share stacked layers."""
+    unroll = on_cpu and not staged and config.remat.policy == "none"  # unrolled, XLA:CPU computes nothing again: it merges equal layers
     settled = {
-        "model": {"layers": "unroll" if on_cpu and not staged else "scan"} if config.model.layers == "auto" else {},
+        "model": {"layers": "unroll" if unroll else "scan"} if config.model.layers == "auto" else {},
         "precision": {"compute": "float32" if on_cpu else "bfloat16"} if config.precision.compute == "auto" else {},
     }
     return config.model_copy(update={name: getattr(config, name).model_copy(update=new) for name, new in settled.items() if new})

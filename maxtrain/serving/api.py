@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import queue
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from rich.progress import Progress as Bar
@@ -50,7 +51,13 @@ class LLM:
     # ------------------------------------------------------------------------------------------------ generating
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: Params = None, *, priority: int = 0, progress: bool = False
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: Params = None,
+        *,
+        priority: int = 0,
+        progress: bool = False,
+        special: bool = False,
     ) -> list[Output]:
         """Continue prompts, texts or token ids, in order; a prompt that is refused has an `error` and does not stop the others.
 
@@ -59,12 +66,15 @@ class LLM:
             params: for all, or for each; `serve.sampling` if None.
             priority: lower goes first among all requests of the engine.
             progress: show a bar.
+            special: whether special tokens that are spelled out in a text count as such; if not, they are text like any other.
         """
-        return self._generate(forms.each(prompts), self._encode, params, priority, progress)
+        return self._generate(forms.each(prompts), partial(self._encode, special=special), params, priority, progress)
 
-    def chat(self, messages: Conversation | Sequence[Conversation], params: Params = None, **options: Any) -> list[Output]:
+    def chat(
+        self, messages: Conversation | Sequence[Conversation], params: Params = None, *, special: bool = False, **options: Any
+    ) -> list[Output]:
         """Answer a conversation (a list of messages with role and content), or each of several; else as `generate`."""
-        return self._generate(forms.each_conversation(messages), self._encode_chat, params, **options)
+        return self._generate(forms.each_conversation(messages), partial(self._encode_chat, special=special), params, **options)
 
     def _generate(
         self, prompts: Sequence[Any], encode: Callable[[Any], list[int]], params: Params, priority: int = 0, progress: bool = False
@@ -137,9 +147,9 @@ class LLM:
         """What takes up a streamed request in the engine's thread, and adds it to `requests`; `put` is given all that is new of it."""
         params = self.config.serve.sampling if params is None else params
         ids, sent = self._encode_chat(prompt) if forms.is_conversation(prompt) else self._encode(prompt), [0, 0]
-        self.engine.check(ids, params)
-        if params.n > 1:
+        if isinstance(params, SamplingParams) and params.n > 1:
             raise Refused(f"n={params.n}: a stream is of one sample")
+        self.engine.check(ids, params)
 
         def listener(news: Request | BaseException) -> None:
             error = news if isinstance(news, BaseException) else news.error
@@ -187,22 +197,13 @@ class LLM:
         return [ticket.score() for ticket in tickets]
 
     def pair(self, prompt: Prompt, continuation: Prompt) -> tuple[list[int], list[int]]:
-        """Token ids of a prompt, never empty, and of what is to be scored after it.
-
-        A text is encoded as a whole and cut where the prompt alone ends; blanks at its end go with what follows. Where prompt and
-        continuation meet within a token there is no such place, and each is encoded by itself.
-        """
+        """Token ids of a prompt, never empty, and of what is to be scored after it, see `Tokenizer.encode_pair`."""
         if isinstance(prompt, str) != isinstance(continuation, str):
             raise Refused("prompt and continuation must both be texts, or both be token ids")
         if isinstance(prompt, str) and isinstance(continuation, str):
-            stripped = prompt.rstrip()
-            context, tokens = self._encode(stripped), self._encode(prompt + continuation)
-            rest = tokens[len(context) :]
-            if not rest or tokens[: len(context)] != context:
-                rest = [int(token) for token in self._known_tokenizer.encode(prompt[len(stripped) :] + continuation)]
-        else:
-            context, rest = forms.token_ids(prompt), forms.token_ids(continuation)
-        return context or [self._known_tokenizer.bos_id], rest
+            return self._known_tokenizer.encode_pair(forms.text(prompt), forms.text(continuation))
+        context, rest = forms.token_ids(prompt), forms.token_ids(continuation)
+        return context or self._known_tokenizer.encode_prompt(""), rest
 
     # -------------------------------------------------------------------------------------------------- requests
 
@@ -212,11 +213,13 @@ class LLM:
             raise Refused("the model has no tokenizer: give it token ids")
         return self.tokenizer
 
-    def _encode(self, prompt: Any) -> list[int]:
-        return self._known_tokenizer.encode_prompt(forms.text(prompt)) if isinstance(prompt, str) else forms.token_ids(prompt)
+    def _encode(self, prompt: Any, special: bool = False) -> list[int]:
+        if not isinstance(prompt, str):
+            return forms.token_ids(prompt)
+        return self._known_tokenizer.encode_prompt(forms.text(prompt), special=special)
 
-    def _encode_chat(self, messages: Any) -> list[int]:
-        return self._known_tokenizer.encode_chat(messages)
+    def _encode_chat(self, messages: Any, special: bool = False) -> list[int]:
+        return self._known_tokenizer.encode_chat(messages, special=special)
 
     def _check_may_wait(self) -> None:
         if self.driver.is_mine:

@@ -176,7 +176,8 @@ class Engine:
 
     def _ends(self, params: SamplingParams) -> frozenset[int]:
         own = frozenset() if self.tokenizer is None or params.ignore_eos else self.tokenizer.end_ids
-        return own | frozenset(params.stop_token_ids)
+        special = {} if self.tokenizer is None else self.tokenizer.boundaries.special  # a token that has no text cannot stop by it
+        return own | frozenset(params.stop_token_ids) | {special[text] for text in params.stop if text in special}
 
     def prepare(
         self,

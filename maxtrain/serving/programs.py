@@ -13,7 +13,7 @@ import numpy as np
 from maxtrain.config import schema
 from maxtrain.config.errors import Refused
 from maxtrain.models.decoder import Decoder
-from maxtrain.ops.linear import Transposed
+from maxtrain.ops.linear import Transposed, products_in
 from maxtrain.parallel import sharding
 from maxtrain.parallel.sharding import Layout, is_param, param_axes
 from maxtrain.serving.step import Inputs, Shape, State, describe, make_step, mark
@@ -41,7 +41,7 @@ class Programs:
         if self.max_length > self.config.served_length:
             raise Refused(
                 f"serve.max_length={self.max_length} is longer than rope.scaling.original_length={self.config.served_length}: "
-                "longrope turns the keys of longer documents by other factors, those in the cache stay as they are"
+                "it turns the keys of longer documents by other angles, those in the cache stay as they are"
             )
         model = self.config
         if model.moe is not None:  # capacity is a matter of sequences, and a request is never to lose a token to another
@@ -120,7 +120,8 @@ class Programs:
         """The step of each shape, ready to compile."""
         kept, model = jax.tree.map(lambda s: s.sharding, self.spec), self.lay_out(self.weights)
         # kernels ask the default device what they are compiled for
-        with sharding.use(self.layout), jax.default_device(self.layout.mesh.devices.flat[0]):
+        device = jax.default_device(self.layout.mesh.devices.flat[0])
+        with sharding.use(self.layout), device, products_in(self._model.compute):
             step = jax.jit(make_step(self.valid, self.num_guesses), donate_argnums=1, out_shardings=(kept, self.layout.sharding()))
             for shape in shapes:
                 yield step.lower(model, self.spec, self._abstract(self.inputs(shape)))

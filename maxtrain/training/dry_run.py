@@ -15,6 +15,7 @@ from maxtrain.parallel.sharding import Layout, kind, parameter_table
 from maxtrain.training import estimate, pretrained
 from maxtrain.training.compilation import table, text
 from maxtrain.training.estimate import Work
+from maxtrain.training.optimizer import check_trainable
 from maxtrain.training.program import Program, make_program
 
 
@@ -83,6 +84,7 @@ def _arrays(program: Program) -> Table:
 
 def report(config: schema.Config) -> str:
     """The tables, as text."""
+    check_trainable(config)
     config, _ = pretrained.settle(config, save=False)
     device_mesh = mesh.make_mesh(config.mesh)
     program = make_program(mesh.resolve(config, device_mesh), Layout(device_mesh, config.mesh.rules), len(config.data.sources))

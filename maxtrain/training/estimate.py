@@ -18,7 +18,7 @@ import jax
 from maxtrain.config import schema
 from maxtrain.models import flops
 from maxtrain.models.decoder import Decoder
-from maxtrain.ops.causal_attention import MAX_BLOCKS, MIN_BLOCK
+from maxtrain.ops.attention_tiles import Spans
 from maxtrain.ops.splash_attention import BLOCK
 from maxtrain.parallel.mesh import optimizer_layout
 from maxtrain.parallel.sharding import Axes, Layout, is_param, param_axes, path_name
@@ -120,7 +120,7 @@ def memory(work: Work, layout: Layout) -> dict[str, float]:
     period = {
         **({"head's gradient": 4.0 * heads * vocab * model.embed} if heads > 1 else {}),
         "a layer's weights": 2.0 * width * work.layer(layout, gathered=True),
-        "a period at work": max(sum(work_of[name] for name in model.layer_pattern), *work_of.values()),
+        "a period at work": max(sum(work_of.get(name, 0.0) for name in model.layer_pattern), *work_of.values()),
     }
     table = {"embedding's gradient": 2.0 * width * vocab * model.embed}
     return always | max(kept | head, kept | period, table, key=lambda kinds: sum(kinds.values()))
@@ -163,14 +163,26 @@ def _working(config: schema.Config, layout: Layout, name: str, tokens: int, widt
     """Bytes that the backward pass of one layer takes while it runs."""
     model, length = config.model, config.data.length
     attention, hidden = _widths(config, layout, name)
-    kernel = config.train.attention == "splash" or (config.train.attention == "auto" and width == 2 and length % BLOCK == 0)
-    block = 0 if kernel else max(MIN_BLOCK, -(-length // MAX_BLOCKS))
-    scores = tokens / length * layout.parts("length") * model.num_heads / layout.parts("heads") * block * length * (4 + 4 + width)
+    window = model.slots[name].window
+    at_a_time = Spans.of(length, window).scores(window) if _plain(config, width) else 0
+    scores = _sequences(config, layout) * at_a_time * (4 + 4 + width)
     working, moe = tokens * (4 * model.embed + 4 * attention + 2 * hidden), _routed(model, name)
     if moe is not None:
         wide = 5 if layout.parts("expert") == 1 else 3  # arrays of rows at a time: where rows travel, their room is the larger part
         working += _rows(moe, layout, tokens) * (wide * model.embed + 3 * moe.mlp / layout.parts("mlp"))
     return width * working + scores
+
+
+def _plain(config: schema.Config, width: int) -> bool:
+    """Whether attention is that of plain XLA, whose scores lie in memory, and not a kernel."""
+    auto = config.train.attention == "auto" and width == 2 and config.data.length % BLOCK == 0
+    return not (auto or config.train.attention == "splash")
+
+
+def _sequences(config: schema.Config, layout: Layout) -> float:
+    """Sequences of a microbatch times heads, on one device."""
+    rows = config.data.batch_size / config.train.microbatches / layout.parts("batch")
+    return rows * config.model.num_heads / layout.parts("heads")
 
 
 # -------------------------------------------------------------------------------------------------------- time
@@ -231,8 +243,19 @@ def memory_traffic(work: Work, layout: Layout) -> float:
     kept = memory(work, layout)
     weights = width * work.layer(layout, gathered=True) * config.model.num_layers * passes
     tokens = work.local_tokens(layout, "length")
-    between = 2 * config.train.microbatches * sum(_working(config, layout, name, tokens, width) for name in config.model.trained_kinds)
+    between = sum(
+        _working(config, layout, name, tokens, width) + _all_scores(config, layout, name, width) for name in config.model.trained_kinds
+    )
+    between *= 2 * config.train.microbatches
     return 2 * (kept["parameters"] + kept["optimizer"] + kept["gradients"]) + weights + between
+
+
+def _all_scores(config: schema.Config, layout: Layout, name: str, width: int) -> float:
+    """Bytes of the scores that plain attention makes of a layer's microbatch: forward, backward and where it is computed again."""
+    length = config.data.length
+    made = flops.visible_keys(length, config.model.slots[name].window) * length / layout.parts("length")
+    passes = 2 + ("attention" in REPEATED[config.remat.policy])
+    return _sequences(config, layout) * _plain(config, width) * made * (4 + 4 + width) * passes
 
 
 def traffic(work: Work, layout: Layout, slices: Mapping[str, int], torus: Sequence[int] = ()) -> list[Collective]:

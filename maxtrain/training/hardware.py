@@ -1,5 +1,6 @@
 """Peak speed and memory of the devices, from a table; a CPU is measured and the best figure remembered."""
 
+import contextlib
 import json
 import os
 import platform
@@ -51,7 +52,8 @@ def chip(device: jax.Device) -> Chip | None:
 def peak_tflops(device: jax.Device, cache: str = "~/.cache/maxtrain/peak.json") -> float | None:
     """Peak TFLOP/s of one device; None for an accelerator that is not in the table.
 
-    The devices of one CPU share its cores: each is given its share of the measured peak.
+    The devices of one CPU share its cores: each is given its share of the measured peak. A `cache` that cannot be read or
+    written costs the memory of earlier measurements, not the run.
     """
     if device.platform != "cpu":
         sheet = chip(device)
@@ -59,16 +61,17 @@ def peak_tflops(device: jax.Device, cache: str = "~/.cache/maxtrain/peak.json") 
     key, path = f"{_cpu_name()} x {os.cpu_count()}", os.path.expanduser(cache)
     try:
         with open(path) as file:
-            known = json.load(file)
-    except (OSError, ValueError):
+            known = {str(name): float(value) for name, value in dict(json.load(file)).items()}
+    except (OSError, ValueError, TypeError):
         known = {}
     found = measure(device)
     if found > known.get(key, 0.0):  # a first measurement beside other work is too low: the best one counts
         known[key] = found
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(f"{path}.{os.getpid()}", "w") as file:
-            json.dump(known, file)
-        os.replace(f"{path}.{os.getpid()}", path)
+        with contextlib.suppress(OSError):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(f"{path}.{os.getpid()}", "w") as file:
+                json.dump(known, file)
+            os.replace(f"{path}.{os.getpid()}", path)
     return known[key] / jax.local_device_count()
 
 

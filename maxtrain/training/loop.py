@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import os
-import signal
-import threading
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import replace
-from types import FrameType
 from typing import Any
 
 import jax
@@ -20,7 +17,7 @@ from maxtrain.config.errors import Refused
 from maxtrain.data.pipeline import TrainData
 from maxtrain.data.tokenizer import Tokenizer, load_tokenizer
 from maxtrain.models import flops
-from maxtrain.parallel import mesh
+from maxtrain.parallel import mesh, peers
 from maxtrain.parallel.sharding import Layout, parameter_table
 from maxtrain.training import pretrained
 from maxtrain.training import run as runs
@@ -28,7 +25,9 @@ from maxtrain.training import state as states
 from maxtrain.training.evaluation import Evaluator, make_sets
 from maxtrain.training.hardware import memory_peak_bytes, peak_tflops
 from maxtrain.training.metrics import Recorder
-from maxtrain.training.program import Program, local_rows, make_program, put_batch
+from maxtrain.training.optimizer import check_trainable
+from maxtrain.training.program import Program, local_rows, make_program, put_batch, put_stop
+from maxtrain.training.signals import STOPPED, StopSignal
 from maxtrain.training.state import TrainState
 from maxtrain.training.step import LossFn
 
@@ -57,35 +56,6 @@ class Hook:
         """After the last checkpoint."""
 
 
-class StopSignal:
-    """Remembers SIGTERM and SIGINT instead of dying of them; a second one is not caught."""
-
-    def __init__(self) -> None:
-        self.name: str | None = None
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignal:
-        if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.name = signal.Signals(number).name
-        signal.signal(number, self.before[number])
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def requested(self, step: int) -> bool:
-        """Whether to stop before this step; all processes get the same answer."""
-        if jax.process_count() == 1:
-            return self.name is not None
-        from jax.experimental import multihost_utils
-
-        return bool(multihost_utils.process_allgather(np.array(self.name is not None)).any())
-
-
 class Trainer:
     """One run. `Trainer(config).fit()` trains to the end, resuming what the run's folder holds.
 
@@ -98,28 +68,32 @@ class Trainer:
     def __init__(self, config: schema.Config, *, loss_fn: LossFn | None = None, hooks: Sequence[Hook] = ()):
         self.config, self.custom_loss, self.hooks = config, loss_fn, tuple(hooks)
         self.tokens = self.rollbacks = 0
+        self.retreat: tuple[int, int] | None = None  # the step that the last rollback went back from, and to
+        self.skipped = 0  # steps in a row, up to the last one whose numbers have arrived
+        self.stopping = False  # a process has been asked to stop, and all know
         self.saved_step = -1
         self.useful_seconds = self.checkpoint_seconds = 0.0
         self.state: TrainState
         self.program: Program
+        self.peers: peers.Peers | None = None
 
     # ------------------------------------------------------------------------------------------------- setting up
 
     def prepare(self) -> None:
         """Data first (no device is touched for input that will be refused), then devices, programs and state."""
+        check_trainable(self.config)
         os.makedirs(self.config.run.folder, exist_ok=True)
         self.config, self.source = pretrained.settle(self.config)
         self.tokenizer: Tokenizer = load_tokenizer(self.config.data)
         if self.source is not None:
             pretrained.check_tokenizer(self.source, self.tokenizer)
-        if self.tokenizer.vocab_size > self.config.model.vocab_size:
-            raise Refused(
-                f"model.vocab_size={self.config.model.vocab_size} is smaller than the tokenizer's vocabulary: "
-                f"raise it to {self.tokenizer.vocab_size} or more"
-            )
+        if self.tokenizer.text_size > self.config.model.vocab_size:
+            remedy = f"raise it to {self.tokenizer.text_size} or more" if self.source is None else "take the tokenizer it was trained with"
+            raise Refused(f"model.vocab_size={self.config.model.vocab_size} is smaller than the tokenizer's vocabulary: {remedy}")
         self.data = TrainData(self.config.data, self.config.train.seed, self.tokenizer)
         sets = make_sets(self.config, self.tokenizer)
         mesh.start(self.config.run, self.config.mesh)
+        self.peers = peers.join(self._follow)
         device_mesh = mesh.make_mesh(self.config.mesh)
         self.config = mesh.resolve(self.config, device_mesh)
         config = self.config
@@ -135,6 +109,8 @@ class Trainer:
         self.num_parameters = sum(p.size for p in parameter_table(self.program.state.model).values())
         peak = config.metrics.peak_tflops or peak_tflops(jax.devices()[0])
         self.peak = None if peak is None else peak * jax.device_count()
+        if self.peers is not None:
+            self.peers.meet("compiled")
         self._start_from(newest, notes)
         if jax.process_index() == 0:
             runs.describe(config, self.tokenizer, self.num_parameters)
@@ -177,29 +153,56 @@ class Trainer:
         like = self.program.state
         self.state = states.unstack(self.checkpointer.restore(step, states.stack(like)), like)
         meta = self.checkpointer.read_meta(step)
-        self.tokens, self.rollbacks = meta["tokens"], meta["rollbacks"]
+        self.tokens, self.rollbacks, self.retreat = meta["tokens"], meta["rollbacks"], meta.get("retreat")
 
     # --------------------------------------------------------------------------------------------------- training
 
-    def fit(self) -> TrainState:
-        """Train to the last step and return the state.
+    def fit(self, stop: StopSignal | None = None) -> TrainState:
+        """Train to the last step and return the state. `stop` is what a command obeyed before this was imported.
 
         Raises:
-            Stopped: SIGTERM or SIGINT arrived; the state was saved.
+            Stopped: SIGTERM or SIGINT arrived, here or in another process; the state was saved.
             Diverged: the guard rolled back more often than `guard.max_rollbacks`.
         """
-        with StopSignal() as stop:
-            self.prepare()
+        with stop or StopSignal() as self.stop:
             try:
-                for hook in self.hooks:
-                    hook.on_start(self)
-                self._train(stop)
-                for hook in self.hooks:
-                    hook.on_end(self)
-            finally:
-                self.checkpointer.close()
-                self.recorder.close()
+                self._prepare_and_train()
+            except BaseException as error:
+                self._part(error)
+                raise
+            self._part()
         return self.state
+
+    def _prepare_and_train(self) -> None:
+        self.prepare()
+        try:
+            for hook in self.hooks:
+                hook.on_start(self)
+            self._train()
+            for hook in self.hooks:
+                hook.on_end(self)
+        finally:
+            self.checkpointer.close()
+            self.recorder.close()
+
+    def _part(self, error: BaseException | None = None) -> None:
+        """Tell the other processes that this one ends, and whether with its work done."""
+        if self.peers is None:
+            return
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            time.sleep(peers.PROBE_SECONDS)  # a collective failed because a process is lost: its connection tells, see `_follow`
+        done = error is None or isinstance(error, Stopped)
+        self.peers.close(peers.DONE if done else peers.FAILED, wait=0.0 if done else 2.0 * peers.GRACE_SECONDS)
+
+    def _follow(self, word: bytes) -> None:
+        """End this process, whatever it is waiting for, because another one has ended with this last word (see `Peers`)."""
+        folder = self.config.run.folder
+        if word == peers.STOPPED:
+            peers.leave(STOPPED, f"{folder}: a signal stopped another process before the first step; the same command starts again")
+        steps = self.checkpointer.steps() if hasattr(self, "checkpointer") else []
+        last = f"goes on from step {steps[-1]}, the last complete checkpoint" if steps else "starts again: there is no complete checkpoint"
+        how = "another process failed" if word == peers.FAILED else "another process was lost: killed, or its host is gone"
+        peers.leave(peers.PEER_LOST, f"{folder}: {how}; the same command {last}")
 
     def _batches(self) -> Generator[dict[str, jax.Array]]:
         rows = local_rows(self.batch_spec["tokens"])
@@ -210,41 +213,50 @@ class Trainer:
         finally:
             batches.close()
 
-    def _train(self, stop: StopSignal) -> None:
-        """Dispatch a step, then read the numbers of the one before it while the devices work."""
+    def _train(self) -> None:
+        """Dispatch a step, then read the numbers of the one before it while the devices work.
+
+        Whether to stop is an input of each step and comes back with its numbers, the same for all processes: nobody waits for
+        anybody between steps, and all stop after the same one.
+        """
         cfg, self.started = self.config, time.perf_counter()
+        flags = {asked: put_stop(asked, self.program.stop) for asked in (False, True)}
         batches, step, pending = self._batches(), int(self.state.step), None
         last, self.read_at = cfg.train.steps, time.perf_counter()
         profiler = Profiler(cfg, step)
         while step < last or pending:
-            requested = stop.requested(step)
-            dispatched = None
-            if step < last and not requested:
+            stopping, dispatched = self.stopping, None
+            if step < last and not stopping:
                 profiler.before(step)
                 waited = time.perf_counter()
                 batch = next(batches)
                 waited = time.perf_counter() - waited
-                self.state, metrics = self.step(self.state, batch)
+                self.stop.stepping = True
+                self.state, metrics = self.step(self.state, batch, flags[self.stop.name is not None])
                 step += 1
                 dispatched = (step, metrics, waited)
             due = dispatched and (step == last or self._due(step))
             for item in (pending, dispatched if due else None):
-                if item and self._finish_step(*item):  # too many skipped steps in a row
+                if item and (why := self._finish_step(*item)):
                     batches.close()
-                    step, batches, dispatched, due = self._roll_back(item), self._batches(), None, False
+                    step, batches, dispatched, due = self._roll_back(item[0], why), self._batches(), None, False
                     break
             pending = None if due else dispatched
             if due:
                 self._at_boundary(step, last)
-            if requested:
+            if stopping:
                 profiler.close()
                 batches.close()
-                if self.saved_step != step:
-                    self._save(step)
-                self.say(f"stopped by {stop.name or 'another process'}, saved; the same command goes on from here")
-                raise Stopped
+                self._stop(step)
         profiler.close()
         batches.close()
+
+    def _stop(self, step: int) -> None:
+        if self.saved_step != step:
+            self._save(step)
+        saved = ", saved; the same command goes on from here" if self.saved_step == step else "; the same command goes on from there"
+        self.say(f"stopped by {self.stop.name or 'a signal to another process'}{saved}")
+        raise Stopped
 
     def _due(self, step: int) -> bool:
         """Whether something is to be done with the state after this step."""
@@ -266,12 +278,18 @@ class Trainer:
         self.read_at = time.perf_counter()
 
     def _save(self, step: int, metrics: dict[str, Any] | None = None) -> None:
+        if self.skipped:
+            kept = max(self.checkpointer.steps(), default=None)
+            newest = "there is none yet" if kept is None else f"the newest one is that of step {kept}"
+            self.say(f"no checkpoint is made of step {step}, as the {self.skipped} steps up to it were skipped: {newest}")
+            return
         start = time.perf_counter()
         meta = {
             "step": step,
             "data_step": int(self.state.data_step),
             "tokens": self.tokens,
             "rollbacks": self.rollbacks,
+            "retreat": self.retreat,
             "seed": self.config.train.seed,
             "config": self.config.model_dump(mode="json"),
             "data": self.data.fingerprint,
@@ -282,8 +300,8 @@ class Trainer:
         self.checkpoint_seconds += time.perf_counter() - start
         self.saved_step = step
 
-    def _finish_step(self, step: int, metrics: dict[str, jax.Array], waited: float) -> bool:
-        """Write the row of a step; whether its run of skipped steps has reached the limit."""
+    def _finish_step(self, step: int, metrics: dict[str, jax.Array], waited: float) -> str | None:
+        """Write the row of a step; why the run cannot go on from its state, if it cannot."""
         host = jax.device_get(metrics)
         now = time.perf_counter()
         seconds, self.read_at = now - self.read_at, now
@@ -291,7 +309,14 @@ class Trainer:
         for hook in self.hooks:
             hook.on_step(self, row)
         self.recorder.write(row)
-        return int(host["skipped_in_a_row"]) >= self.config.guard.max_skipped
+        self.stopping |= bool(host["stop"])
+        self.skipped = int(host["skipped_in_a_row"])
+        if not host["finite"]:
+            return "parameters or moments that are not finite"
+        ended = step == self.config.train.steps  # what is not saved is not done
+        if self.skipped < (1 if ended else self.config.guard.max_skipped):
+            return None
+        return f"{self.skipped} skipped steps in a row" if self.skipped > 1 else "a skipped step"
 
     def _row(self, step: int, host: dict[str, np.ndarray], seconds: float, waited: float) -> dict[str, Any]:
         tokens = float(host["tokens"])
@@ -316,26 +341,33 @@ class Trainer:
             row |= {f"tokens/{name}": round(count)} | ({f"loss/{name}": float(host["loss_by_source"][index]) / count} if count else {})
         return row
 
-    def _roll_back(self, item: tuple[int, Any, float]) -> int:
-        """Return to the last good checkpoint with the data moved past the bad window; the step to go on from."""
-        bad_until = int(self.state.data_step) - (int(self.state.step) - item[0])
+    def _roll_back(self, step: int, why: str) -> int:
+        """Return from a step to a good checkpoint with the data moved past the bad window; the step to go on from.
+
+        It is the newest one, or, if the run has not come past the place of the last rollback, the one before that it went back to.
+        """
+        bad_until = int(self.state.data_step) - (int(self.state.step) - step)
         rollbacks = self.rollbacks + 1
         if rollbacks > self.config.guard.max_rollbacks:
-            raise Diverged(f"step {item[0]}: {self.config.guard.max_skipped} steps in a row were skipped after {self.rollbacks} rollbacks")
+            raise Diverged(f"step {step}: {why} after {self.rollbacks} rollbacks")
         self.checkpointer.wait()
         newest = self.checkpointer.newest_good(self.say)
+        if newest is not None and self.retreat is not None and newest <= self.retreat[0]:
+            newest = self.checkpointer.newest_good(self.say, before=self.retreat[1]) or min(newest, self.retreat[1])
         if newest is None:
             self.state, self.tokens = self._initial_state(), 0
         else:
             self._restore(newest)
+            self.checkpointer.drop_after(newest)  # or a run that is killed now would go on from there
         target, first = newest or 0, int(self.state.data_step)
         data_step, zero = (jax.device_put(np.int32(value), self.state.data_step.sharding) for value in (bad_until, 0))
         # The checkpoint may stem from within the bad window: its count of skipped steps would send the run back too soon
         guard = replace(self.state.guard, skipped_in_a_row=zero)
         self.state, self.rollbacks = replace(self.state, data_step=data_step, guard=guard), rollbacks
+        self.retreat, self.skipped, self.saved_step = (step, target), 0, -1
         self.recorder.rewind(target)
         self.say(
-            f"rolled back from step {item[0]} to step {target} after {self.config.guard.max_skipped} skipped steps in a row; "
+            f"rolled back from step {step} to step {target} after {why}; "
             f"batches {first} to {bad_until - 1} are skipped for good (rollback {rollbacks} of {self.config.guard.max_rollbacks})"
         )
         return target

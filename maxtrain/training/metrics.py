@@ -1,9 +1,11 @@
 """Where the numbers of a run go: one row a step, handed to each sink."""
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -15,7 +17,10 @@ Row = Mapping[str, Any]
 
 
 class Sink(Protocol):
-    """Takes rows of one run."""
+    """Takes rows of one run, and writes them out at once."""
+
+    name: str
+    path: str
 
     def write(self, row: Row) -> None:
         """Take one row."""
@@ -29,6 +34,8 @@ class Sink(Protocol):
 
 class Jsonl:
     """metrics.jsonl: one JSON object a line, written out at once, so that a killed process loses none."""
+
+    name = "jsonl"
 
     def __init__(self, folder: str, cfg: schema.Metrics, total_steps: int):
         self.path = os.path.join(folder, "metrics.jsonl")
@@ -58,31 +65,51 @@ class Jsonl:
 
 
 class TensorBoard:
-    """Event files under tensorboard/."""
+    """Event files under tensorboard/, written here and now: the thread of tensorboardX's own writer dies of a full disk, and all wait."""
+
+    name = "tensorboard"
 
     def __init__(self, folder: str, cfg: schema.Metrics, total_steps: int):
-        from tensorboardX import SummaryWriter  # slow to import
-
-        self.folder, self.make = os.path.join(folder, "tensorboard"), SummaryWriter
+        self.path, self.opened = os.path.join(folder, "tensorboard"), 0
         self.writer: Any = None
 
     def write(self, row: Row) -> None:
-        self.writer = self.writer or self.make(self.folder)
-        for key, value in row.items():
-            if key != "step" and isinstance(value, (int, float)):
-                self.writer.add_scalar(key if "/" in key else f"train/{key}", value, row["step"])
+        from tensorboardX.proto.event_pb2 import Event  # slow to import
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        numbers = {key: value for key, value in row.items() if key != "step" and isinstance(value, (int, float))}
+        values = [Summary.Value(tag=key if "/" in key else f"train/{key}", simple_value=value) for key, value in numbers.items()]
+        if values:
+            self._add(Event(step=row["step"], summary=Summary(value=values)))
+
+    def _add(self, event: Any) -> None:
+        if self.writer is None:
+            from tensorboardX.event_file_writer import EventsWriter
+
+            os.makedirs(self.path, exist_ok=True)
+            self.opened += 1  # a name alone has the second in which it was opened
+            self.writer = EventsWriter(os.path.join(self.path, "events"), f".{os.getpid()}.{self.opened}")
+        event.wall_time = time.time()
+        self.writer.write_event(event)
+        self.writer.flush()
 
     def rewind(self, step: int) -> None:
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
         self.close()
-        self.writer = self.make(self.folder, purge_step=step + 1) if os.path.isdir(self.folder) else None
+        if os.path.isdir(self.path):
+            self._add(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
+        writer, self.writer = self.writer, None
+        if writer is not None:
+            writer.close()
 
 
 class ConsoleLines:
     """A line for people every `console_every` steps: step, loss, tokens/s, MFU, time left."""
+
+    name, path = "console", "the standard output"
 
     def __init__(self, folder: str, cfg: schema.Metrics, total_steps: int):
         self.console, self.every, self.total = Console(highlight=False), cfg.console_every, total_steps
@@ -135,16 +162,30 @@ class Recorder:
         self.sinks: list[Sink] = [SINKS[name](folder, cfg, total_steps) for name in cfg.sinks] if active else []
 
     def write(self, row: Row) -> None:
-        """Give a row to every sink."""
-        for sink in self.sinks:
-            sink.write(row)
+        """Give a row to every sink.
+
+        Raises:
+            OSError: a sink cannot write, as all methods say it: which one, which file and why. It is asked no more.
+        """
+        self._each(lambda sink: sink.write(row))
 
     def rewind(self, step: int) -> None:
         """Forget the rows after `step` everywhere."""
-        for sink in self.sinks:
-            sink.rewind(step)
+        self._each(lambda sink: sink.rewind(step))
 
     def close(self) -> None:
         """Close every sink."""
-        for sink in self.sinks:
-            sink.close()
+        self._each(lambda sink: sink.close())
+
+    def _each(self, act: Callable[[Sink], None]) -> None:
+        failed: dict[str, OSError] = {}
+        for sink in tuple(self.sinks):
+            try:
+                act(sink)
+            except OSError as error:
+                self.sinks.remove(sink)
+                failed[f"{sink.name} cannot write {sink.path}: {error.strerror or error}"] = error
+                with contextlib.suppress(OSError):
+                    sink.close()
+        if failed:
+            raise OSError(f"metrics.sinks: {'; '.join(failed)}") from next(iter(failed.values()))

@@ -9,20 +9,48 @@ import jax.numpy as jnp
 import optax
 
 from maxtrain.config import schema
+from maxtrain.config.errors import Refused
 from maxtrain.ops.routing import balance_step
 from maxtrain.parallel.sharding import is_param, kind
 
 
 def _adamw(cfg: schema.Optimizer, precision: schema.Precision) -> optax.GradientTransformation:
-    return optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps, mu_dtype=precision.moments)
+    """Adam in float32, its moments kept in the formats of the config (optax keeps the second in that of the parameters)."""
+    adam = optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps, mu_dtype=precision.moments)
+
+    def kept(state: optax.ScaleByAdamState) -> optax.ScaleByAdamState:
+        return state._replace(nu=optax.tree.cast(state.nu, precision.second_moment))
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        direction, state = adam.update(optax.tree.cast(grads, jnp.float32), state, params)
+        return direction, kept(state)
+
+    return optax.GradientTransformation(lambda params: kept(adam.init(params)), update)
 
 
+LARGEST_DECAY = 1 - 2**-24  # of a moment: what is above becomes 1 in float32
 OPTIMIZERS = {"adamw": _adamw}
 
 
 def make_optimizer(cfg: schema.Optimizer, precision: schema.Precision) -> optax.GradientTransformation:
     """Gradient to step direction, before decay and learning rate."""
     return OPTIMIZERS[cfg.kind](cfg, precision)
+
+
+def check_trainable(config: schema.Config) -> None:
+    """Raise `Refused` for number formats that a model cannot be trained in, and for numbers that are others in them."""
+    for name in ("compute", "params", "moments", "second_moment"):
+        if getattr(config.precision, name) == "float16":
+            remedy = "write bfloat16, which has the range of float32"
+            raise Refused(f"precision.{name}=float16: gradients become 0 in it, and there is no scaling of the loss: {remedy}")
+    cfg, tiny, largest = config.optimizer, float(jnp.finfo(jnp.float32).tiny), float(jnp.finfo(jnp.float32).max)
+    limits = {"optimizer.b1": (cfg.b1, 0.0, LARGEST_DECAY), "optimizer.b2": (cfg.b2, 0.0, LARGEST_DECAY)}
+    for key, value in (("eps", cfg.eps), ("clip_norm", cfg.clip_norm)):
+        limits |= {} if value is None else {f"optimizer.{key}": (value, tiny, largest)}
+    for key, (value, low, high) in (limits | {"schedule.learning_rate": (config.schedule.learning_rate, tiny, largest)}).items():
+        if not low <= value <= high:
+            same = "0" if value < low else "1" if high < 1 else "infinity"
+            raise Refused(f"{key}={value:.10g} cannot be told from {same} in float32: write a number >= {low:.3g} and <= {high:.8g}")
 
 
 def decay(direction: Any, model: Any, cfg: schema.Optimizer) -> Any:

@@ -24,6 +24,7 @@ from maxtrain.checkpoint.orbax import Checkpointer
 from maxtrain.checkpoint.weights import Weights
 from maxtrain.config import dump, load, schema
 from maxtrain.config.errors import Refused
+from maxtrain.config.paths import expand
 from maxtrain.data.tokenizer import ByteTokenizer, Tokenizer, load_saved
 from maxtrain.models.families.family import function
 from maxtrain.ops.attention import Context
@@ -33,6 +34,7 @@ from maxtrain.training import run as runs
 from maxtrain.training import state as states
 from maxtrain.training.program import Program, make_program
 
+IGNORE = "model.ignore_fields="
 STDLIB = {"kind": "stdlib", "split": "heldout", "max_bytes": 200_000}
 
 
@@ -117,8 +119,15 @@ def foreign_config(model: schema.Model, overrides: Sequence[str] = (), tokenizer
     return config
 
 
-def foreign(path: str) -> Weights:
-    """The weights at a path that is no run of MaxTrain.
+def ignored_fields(overrides: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
+    """What overrides set `model.ignore_fields` to, and the other overrides; `Refused` where it is no list of names."""
+    mine = [word for word in overrides if word.startswith(IGNORE)]
+    ignore = load(None, [*mine, "model.init_from=it"]).config.model.ignore_fields if mine else ()
+    return ignore, [word for word in overrides if word not in mine]
+
+
+def foreign(path: str, ignore: Sequence[str] = ()) -> Weights:
+    """The weights at a path that is no run of MaxTrain, read without the fields to ignore.
 
     Raises:
         Refused: nothing that can be imported is there; with the reason where it is known.
@@ -126,16 +135,21 @@ def foreign(path: str) -> Weights:
     if os.path.isdir(path):
         if not os.path.isfile(os.path.join(path, "config.json")):
             raise Refused(f"{path}: neither a run of MaxTrain (config.yml) nor a model of Hugging Face (config.json) is here")
-        return huggingface.Folder(path)
+        return huggingface.Folder(path, ignore)
     if not os.path.isfile(path):
         raise Refused(f"{path}: no such file or folder")
-    return gguf.File(path)
+    return gguf.File(path, ignore)
 
 
 def open_source(path: str, overrides: Sequence[str] = ()) -> Source:
     """What is at a path, with its config changed by `overrides`; `Refused` if it is no trained model or one that is not supported."""
-    path = os.path.expanduser(path)
-    return RunSource(path, overrides) if runs.is_run(path) else ForeignSource(foreign(path), overrides)
+    path = expand(path, "model.init_from")
+    ignore, overrides = ignored_fields(overrides)
+    if not runs.is_run(path):
+        return ForeignSource(foreign(path, ignore), overrides)
+    if ignore:
+        raise Refused(f"{path}: this is a run of MaxTrain, on which model.ignore_fields has no effect: remove it")
+    return RunSource(path, overrides)
 
 
 # ------------------------------------------------------------------------------------------------------------ using
@@ -170,9 +184,9 @@ def _logits(model: Any, tokens: jax.Array) -> jax.Array:
     return model.logits(model(tokens, Context(positions, jnp.ones_like(positions))).hidden)
 
 
-def load_pretrained(path: str | os.PathLike[str]) -> Pretrained:
-    """The model at a path, on the devices of this process; `Refused` if there is none."""
-    source = open_source(os.fspath(path))
+def load_pretrained(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Pretrained:
+    """The model at a path, on the devices of this process, its config changed by `overrides`; `Refused` if there is none."""
+    source = open_source(os.fspath(path), overrides)
     program = runs.open_program(source.config)
     return Pretrained(program.config, source.tokenizer, source.load(program.state.model))
 
@@ -182,15 +196,15 @@ def open_for_serving(path: str, overrides: Sequence[str] = (), serve: Mapping[st
 
     Args:
         path: as in `load_pretrained`.
-        overrides: `section.key=value` of the sections serve, mesh and precision.
+        overrides: `section.key=value` of the sections serve, mesh and precision, and `model.ignore_fields`.
         serve: keys of the section serve.
 
     Raises:
         Refused: there is no model, or a key is unknown or has nothing to do with serving.
     """
-    foreign_keys = [word for word in overrides if not word.startswith(("serve.", "mesh.", "precision."))]
+    foreign_keys = [word for word in overrides if not word.startswith(("serve.", "mesh.", "precision.", IGNORE))]
     if foreign_keys:
-        raise Refused(f"{foreign_keys[0]}: a trained model is served as it is; only serve, mesh and precision can be set")
+        raise Refused(f"{foreign_keys[0]}: a trained model is served as it is; set serve, mesh, precision or model.ignore_fields")
     source = open_source(path, overrides)
     config, layers = source.config, source.config.model.model_copy(update={"layers": "auto"})
     if serve:
@@ -215,7 +229,7 @@ def new_folder(path: str) -> Iterator[str]:
     Raises:
         Refused: something is there already.
     """
-    path = os.path.abspath(os.path.expanduser(path))
+    path = os.path.abspath(expand(path, "OUT"))
     if os.path.exists(path) and (not os.path.isdir(path) or os.listdir(path)):
         raise Refused(f"{path}: something is there already: choose another place or remove it")
     os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -243,7 +257,7 @@ def import_model(found: Weights, out: str, overrides: Sequence[str] = ()) -> sch
     weights.check(found)
     with new_folder(out) as draft:
         tokenizer = found.save_tokenizer(os.path.join(draft, "tokenizer"))
-        config = foreign_config(found.model, overrides, os.path.join(os.path.abspath(os.path.expanduser(out)), "tokenizer"))
+        config = foreign_config(found.model, overrides, os.path.join(os.path.abspath(expand(out, "OUT")), "tokenizer"))
         program = runs.open_program(config)
         described = states.stack({"model": program.state.model})
         leaves, tree = jax.tree_util.tree_flatten_with_path(described["model"])
@@ -263,7 +277,9 @@ def import_model(found: Weights, out: str, overrides: Sequence[str] = ()) -> sch
     return config
 
 
-def export_model(path: str, out: str, *, family: str | None = None, dtype: str | None = None) -> Mapping[str, Any]:
+def export_model(
+    path: str, out: str, *, family: str | None = None, dtype: str | None = None, around: huggingface.Folder | None = None
+) -> Mapping[str, Any]:
     """Write a run's model as a folder in Hugging Face's format; returns its config.json.
 
     Args:
@@ -271,6 +287,7 @@ def export_model(path: str, out: str, *, family: str | None = None, dtype: str |
         out: the folder to make.
         family: model type to write; the first that describes the model when None.
         dtype: format of the weights; the one they are kept in when None.
+        around: a folder in which this language model is a part; all else in it is written too, as it is.
 
     Raises:
         Refused: no family of Hugging Face describes the model, or `out` is taken.
@@ -284,9 +301,11 @@ def export_model(path: str, out: str, *, family: str | None = None, dtype: str |
             stack, index = stacked_name(name)
             return flat[name] if name in flat else flat[stack][index]
 
-        config = huggingface.write(draft, source.model, read, dtype=dtype or source.config.precision.params, family=family)
+        kept = source.config.precision.params
+        config = huggingface.write(draft, source.model, read, dtype=dtype or kept, family=family, around=around)
         if source.save_tokenizer(draft) and source.tokenizer is not None:
-            config |= {"bos_token_id": source.tokenizer.bos_id, "eos_token_id": source.tokenizer.eos_id}
+            ends = sorted(source.tokenizer.end_ids)
+            config |= {"bos_token_id": source.tokenizer.bos_id, "eos_token_id": ends if len(ends) > 1 else ends[0]}
             Path(draft, "config.json").write_text(json.dumps(config, indent=2))
     return config
 
@@ -305,10 +324,11 @@ def settle(config: schema.Config, save: bool = True) -> tuple[schema.Config, Sou
     path = config.model.init_from
     if path is None:
         return config, None
-    source = open_source(path)
+    source = open_source(path, [f"{IGNORE}{json.dumps(config.model.ignore_fields)}"] if config.model.ignore_fields else [])
     update: dict[str, Any] = {}
     if config.model.deferred:
-        update["model"] = source.model.model_copy(update={"init_from": path, "layers": config.model.layers, "init_scale": 1.0})
+        kept = {name: getattr(config.model, name) for name in ("init_from", "ignore_fields", "layers")}
+        update["model"] = source.model.model_copy(update=kept | {"init_scale": 1.0})
     own, theirs = function(config.model), function(source.model)
     wrong = [] if update else [key for key in own | theirs if own.get(key) != theirs.get(key) and key != "max_length"]
     if wrong:

@@ -8,9 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from maxtrain.config import schema
 from maxtrain.ops import backends
+from maxtrain.ops.linear import products_in
 from maxtrain.parallel import context, sharding
 from maxtrain.parallel.sharding import Layout
 from maxtrain.training import state as states
@@ -41,12 +44,18 @@ class Program:
         spec["weights"] = jax.ShapeDtypeStruct((rows, length), jnp.float32, sharding=place)
         return spec | {"source": jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=self.layout.sharding(("batch",)))}
 
+    @property
+    def stop(self) -> jax.ShapeDtypeStruct:
+        """Description of the third input of the step: a number for each device, whether its process has been asked to stop."""
+        mesh = self.layout.mesh
+        return jax.ShapeDtypeStruct((mesh.size,), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
+
     def lower_step(self) -> Any:
-        """The train step, ready to compile: (state, batch) -> (state, metrics), the old state's memory given to the new."""
+        """The train step, ready to compile: (state, batch, stop) -> (state, metrics), the old state's memory given to the new."""
         out = jax.tree.map(lambda s: s.sharding, self.state), self.layout.sharding()
-        with sharding.use(self.layout):
+        with sharding.use(self.layout), products_in(self.config.precision.compute):
             step = jax.jit(make_train_step(self.config, self.loss_fn), donate_argnums=0, out_shardings=out)
-            return step.lower(self.state, self.batch(self.config.data.batch_size, self.config.data.length))
+            return step.lower(self.state, self.batch(self.config.data.batch_size, self.config.data.length), self.stop)
 
     def lower_eval(self, rows: int, length: int) -> Any:
         """The evaluation step, ready to compile: (model, batch) -> sums `loss` and `tokens` of the loss function."""
@@ -55,7 +64,7 @@ class Program:
             sums = self.loss_fn(model, batch)[1]
             return {name: sums[name] for name in ("loss", "tokens")}  # what only training needs is not computed
 
-        with sharding.use(self.layout):
+        with sharding.use(self.layout), products_in(self.config.precision.compute):
             step = jax.jit(evaluate, out_shardings=self.layout.sharding())
             return step.lower(self.state.model, self.batch(rows, length))
 
@@ -81,6 +90,11 @@ def put_batch(host: dict[str, Any], spec: dict[str, jax.ShapeDtypeStruct], rows:
         return jax.make_array_from_callback(spec[name].shape, spec[name].sharding, shard)
 
     return {name: one(name) for name in spec}
+
+
+def put_stop(asked: bool, spec: jax.ShapeDtypeStruct) -> jax.Array:
+    """The input `stop` of a step, each process filling in whether it has been asked to stop."""
+    return jax.make_array_from_callback(spec.shape, spec.sharding, lambda index: np.full(1, asked, np.int32))
 
 
 def local_rows(spec: jax.ShapeDtypeStruct) -> list[int]:

@@ -22,8 +22,16 @@ from maxtrain.training.program import Program, make_program
 
 PACKAGES = ("maxtrain", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy", "tokenizers")
 # Keys whose change makes a checkpoint another model's or another optimizer's
-BREAKING = ("model.", "data.tokenizer.", "optimizer.kind", "precision.params", "precision.moments", "guard.window")
-HARMLESS = ("model.layers", "model.max_length", "model.init_scale", "model.init_from")
+BREAKING = (
+    "model.",
+    "data.tokenizer.",
+    "optimizer.kind",
+    "precision.params",
+    "precision.moments",
+    "precision.second_moment",
+    "guard.window",
+)
+HARMLESS = ("model.layers", "model.max_length", "model.init_scale", "model.init_from", "model.ignore_fields")
 # A finished run is opened by one process, on whatever devices it has, not on those it was trained on
 ALONE = (
     "train.attention=auto",
@@ -103,7 +111,8 @@ def check_resume(old: Mapping[str, Any], config: schema.Config) -> list[str]:
     Raises:
         Refused: a difference makes the checkpoint's arrays meaningless.
     """
-    changed = differences(old, config.model_dump(mode="json"))
+    precision = {"second_moment": old["precision"]["params"], **old["precision"]}  # before it had a key of its own
+    changed = differences({**old, "precision": precision}, config.model_dump(mode="json"))
     lines = {key: f"{key}: {before!r} in the checkpoint, {after!r} now" for key, (before, after) in changed.items()}
     broken = [line for key, line in lines.items() if f"{key}.".startswith(BREAKING) or key.startswith(BREAKING)]
     broken = [line for line in broken if not line.startswith(HARMLESS)]

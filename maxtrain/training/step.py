@@ -88,11 +88,15 @@ def _later(values: jax.Array) -> jax.Array:
     return jnp.pad(values[:, 1:], ((0, 0), (0, 1)))
 
 
-def make_train_step(config: schema.Config, loss_fn: LossFn) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """The function from (state, batch) to (state, metrics). Gradients are of the mean over the batch's tokens."""
+def make_train_step(config: schema.Config, loss_fn: LossFn) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """The function from (state, batch, stop) to (state, metrics). Gradients are of the mean over the batch's tokens.
+
+    `stop`, int32 [devices], says for each device whether its process has been asked to stop. The metric `stop`, whether any has,
+    is the same for all of them, so that all stop after the same step.
+    """
     optimizer, schedule = make_optimizer(config.optimizer, config.precision), make_schedule(config.schedule, config.train.steps)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(state: TrainState, batch: Batch, stop: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         grads, total, sums = accumulate(loss_fn, state.model, batch, config.train.microbatches)
         grads, loads = split(grads)
         tokens = jnp.maximum(sums["tokens"], 1.0)
@@ -107,7 +111,9 @@ def make_train_step(config: schema.Config, loss_fn: LossFn) -> Callable[[TrainSt
         new = jax.tree.map(lambda p, u: (p + u).astype(p.dtype), state.model, updates), opt_state
         model, opt_state = jax.tree.map(lambda after, before: jnp.where(ok, after, before), new, (state.model, state.opt_state))
         metrics = sums | {"objective": total / tokens, "grad_norm": norm, "param_norm": optax.tree.norm(model), "lr": lr, "skipped": ~ok}
-        metrics["skipped_in_a_row"] = guard.skipped_in_a_row
+        metrics |= {"skipped_in_a_row": guard.skipped_in_a_row, "stop": stop.max()}
+        moments = [jnp.abs(leaf).max() for leaf in jax.tree.leaves(opt_state) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+        metrics["finite"] = jnp.isfinite(metrics["param_norm"]) & jnp.isfinite(jnp.stack(moments).astype(jnp.float32)).all()
         return TrainState(model, opt_state, state.step + 1, state.data_step + 1, guard), metrics
 
     return step

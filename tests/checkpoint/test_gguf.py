@@ -1,12 +1,14 @@
 """GGUF files: the same model as in Hugging Face's format, every quantisation, and files that are cut short."""
 
+import struct
+
 import jax
 import numpy as np
 import pytest
 from folders import MIXTURE, MODEL, make_gguf
 
 import maxtrain
-from maxtrain.checkpoint import gguf, gguf_tokenizer, huggingface, weights
+from maxtrain.checkpoint import gguf, gguf_header, gguf_tokenizer, huggingface, weights
 from maxtrain.config import Refused, load, schema
 from maxtrain.models.decoder import Decoder
 from maxtrain.models.families.family import function
@@ -55,10 +57,10 @@ def test_k_quants_are_read(kind, tmp_path):
     writer.add_tensor("blk.0.ffn_up.weight", raw, raw_dtype=type_)
     for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
         step()
-    found, _, tensors = gguf._open(str(tmp_path / "k.gguf"))
+    _, tensors = gguf_header.read(str(tmp_path / "k.gguf"), library)
     tensor = tensors["blk.0.ffn_up.weight"]
     assert tensor.shape == (4, 2 * block)
-    np.testing.assert_array_equal(found.dequantize(tensor.read(str(tmp_path / "k.gguf")), tensor.kind), library.dequantize(raw, type_))
+    np.testing.assert_array_equal(library.dequantize(tensor.read(str(tmp_path / "k.gguf")), tensor.kind), library.dequantize(raw, type_))
 
 
 def test_training_starts_from_a_file(tmp_path, cache_dir, monkeypatch):
@@ -177,6 +179,96 @@ def test_cut_short(share, tmp_path):
     with pytest.raises(Refused, match=r"m\.gguf"):
         main(["from-gguf", str(tmp_path / "m.gguf"), str(tmp_path / "out")])
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
+
+
+def crafted(*parts, version=3, tensors=0, keys=1):
+    return b"GGUF" + struct.pack("<IQQ", version, tensors, keys) + b"".join(parts)
+
+
+A = struct.pack("<Q", 1) + b"a"  # a name
+ARRAY = A + struct.pack("<I", 9)
+INFO = struct.pack("<IQQIQ", 2, 4, 4, 0, 0)  # 4 x 4 float32 at 0
+CRAFTED = {
+    "an array of 2**62 bytes": crafted(ARRAY, struct.pack("<IQ", 0, 2**62)),
+    "an array of 2**61 strings": crafted(ARRAY, struct.pack("<IQ", 8, 2**61)),
+    "an array of arrays": crafted(ARRAY, struct.pack("<IQ", 9, 1), struct.pack("<IQ", 9, 1) * 100),
+    "a string of 2**63 bytes": crafted(A, struct.pack("<IQ", 8, 2**63)),
+    "a name of 2**40 bytes": crafted(struct.pack("<Q", 2**40)),
+    "a name that is no UTF-8": crafted(struct.pack("<Q", 1) + b"\xff", struct.pack("<IB", 0, 1)),
+    "a type that is not known": crafted(A, struct.pack("<I", 77)),
+    "2**40 keys": crafted(keys=2**40),
+    "2**40 tensors": crafted(keys=0, tensors=2**40),
+    "a key twice": crafted(*[A + struct.pack("<IB", 0, 1)] * 2, keys=2),
+    "a tensor twice": crafted(*[A + INFO] * 2, bytes(96), keys=0, tensors=2),
+    "a tensor of 2**31 dims": crafted(A, struct.pack("<I", 2**31), bytes(90), keys=0, tensors=1),
+    "a tensor of 2**124 numbers": crafted(A, struct.pack("<IQQIQ", 2, 2**62, 2**62, 0, 0), bytes(96), keys=0, tensors=1),
+    "a tensor beyond the file": crafted(A, struct.pack("<IQQIQ", 2, 4, 4, 0, 2**63), bytes(96), keys=0, tensors=1),
+    "a tensor of a kind that is not known": crafted(A, struct.pack("<IQQIQ", 2, 4, 4, 999, 0), bytes(96), keys=0, tensors=1),
+    "tensors over one another": crafted(A + INFO, A.replace(b"a", b"b") + INFO, bytes(200), keys=0, tensors=2),
+    "version 1": crafted(version=1),
+    "the other byte order": crafted(version=3 << 24),
+    "nothing but its name": b"GGUF",
+    "something else": b"GGML",
+}
+
+
+@pytest.mark.parametrize("name", CRAFTED)
+def test_crafted_header(name, tmp_path):
+    """Refused by file at once, whatever its lengths and counts say."""
+    (tmp_path / "m.gguf").write_bytes(CRAFTED[name])
+    with pytest.raises(Refused, match=r"m\.gguf"):
+        gguf.File(tmp_path / "m.gguf")
+
+
+def test_header_is_that_of_the_library(tmp_path):
+    make_gguf(tmp_path / "m.gguf", MIXTURE, kind="Q8_0")
+    values, tensors = gguf_header.read(str(tmp_path / "m.gguf"), library)
+    reader = library.GGUFReader(tmp_path / "m.gguf")
+    fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    assert values == fields | {key: pytest.approx(value) for key, value in fields.items() if isinstance(value, float)}
+    for tensor in reader.tensors:
+        ours = tensors.pop(tensor.name)
+        assert (ours.kind, ours.start, ours.bytes_shape) == (tensor.tensor_type, tensor.data_offset, tensor.data.shape)
+        np.testing.assert_array_equal(ours.read(str(tmp_path / "m.gguf")), tensor.data)
+    assert not tensors
+
+
+def keyed(path, **keys):
+    """A file with these keys beside the least that a model has."""
+    writer = library.GGUFWriter(path, "llama")
+    for step, value in ((writer.add_block_count, 1), (writer.add_embedding_length, 8), (writer.add_feed_forward_length, 8)):
+        step(value)
+    for name, value in {"llama__attention__head_count": 2, **keys}.items():
+        name = name.replace("__", ".")
+        writer.add_string(name, value) if isinstance(value, str) else writer.add_uint32(name, value)
+    writer.add_tensor("token_embd.weight", np.zeros((9, 8), np.float32))
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"general__type": "adapter"}, "general.type = 'adapter'"),
+        ({"split__count": 3}, "one of 3 parts"),
+        ({"llama__attention__head_count": 0}, "num_attention_heads = 0"),
+        ({"llama__attention__head_count": "two"}, "num_attention_heads = 'two'"),
+        ({"llama__rope__freq_base": "high"}, "rope_theta = 'high'"),
+        ({"llama__rope__scaling__factor": "x", "llama__rope__scaling__type": "linear"}, "factor = 'x'"),
+    ],
+)
+def test_keys_of_another_kind(keys, words, tmp_path):
+    keyed(tmp_path / "m.gguf", **keys)
+    with pytest.raises(Refused, match=words):
+        gguf.File(tmp_path / "m.gguf")
+
+
+def test_keys_that_nobody_reads_are_told_or_ignored_by_name(tmp_path, caplog):
+    keyed(tmp_path / "m.gguf", someone__made=1, quantize__imatrix__entries_count=2, llama__odd=3, llama__attention__head_count_kv=2)
+    with pytest.raises(Refused, match=r"llama\.odd = 3.*\n.*model.ignore_fields=\[llama.odd\]"):
+        gguf.File(tmp_path / "m.gguf")
+    assert [record.message.split(": ")[1:] for record in caplog.records] == [["keys that are not read", "someone.made"]]
+    assert gguf.File(tmp_path / "m.gguf", ["llama.odd"]).model.num_heads == 2
 
 
 def test_a_flipped_count_is_refused(tmp_path):

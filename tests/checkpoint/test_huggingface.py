@@ -14,6 +14,7 @@ from maxtrain.checkpoint import huggingface, safetensors, weights
 from maxtrain.config import Refused, schema
 from maxtrain.data import tokenizer
 from maxtrain.models.decoder import Decoder
+from maxtrain.models.families.family import function
 from maxtrain.parallel.sharding import path_name
 
 
@@ -34,6 +35,100 @@ def test_round_trip_is_bit_identical(model, shard_bytes, tmp_path):
         np.testing.assert_array_equal(got[name], array, err_msg=name)
     stacked = arrays_of(tmp_path / "m", model, "scan")
     np.testing.assert_array_equal(stacked["body/layers/0/attention/q"][1], want["body/1/layers/0/attention/q"])
+
+
+def rewrite(folder, change):
+    """Rewrite the weights of a folder with its tensors changed."""
+    tensors = {name: tensor.read() for name, tensor in safetensors.read_header(folder / huggingface.SINGLE).items()}
+    change(tensors)
+    safetensors.write(folder / huggingface.SINGLE, {name: a.shape for name, a in tensors.items()}, np.float32, tensors.items())
+
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def test_a_head_beside_a_tied_embedding(tmp_path, caplog, monkeypatch):
+    """Left out where it is the embedding, a head of its own where it is not, as in transformers; compared a part at a time."""
+    monkeypatch.setattr(safetensors, "PART", 100)
+    want = make_folder(tmp_path / "m")
+    rewrite(tmp_path / "m", lambda tensors: tensors.update({HEAD: tensors[EMBEDDING].copy()}))
+    assert huggingface.Folder(tmp_path / "m").model.tie_embeddings
+    arrays_of(tmp_path / "m", MODEL)
+    assert not caplog.records
+    rewrite(tmp_path / "m", lambda tensors: tensors[HEAD].__setitem__((-1, -1), 7.0))
+    model = huggingface.Folder(tmp_path / "m").model
+    assert function(model) == function(MODEL.model_copy(update={"tie_embeddings": False}))
+    assert [HEAD in record.message for record in caplog.records] == [True]
+    got = arrays_of(tmp_path / "m", model)
+    np.testing.assert_array_equal(got["embedding"], want["embedding"])
+    assert got["head"][-1, -1] == 7.0
+    rewrite(tmp_path / "m", lambda tensors: tensors.update({HEAD: tensors[HEAD][:9]}))
+    with pytest.raises(Refused, match=r"lm_head\.weight \[9, 32\] belongs to no parameter"):
+        arrays_of(tmp_path / "m", MODEL)
+
+
+def test_a_tied_embedding_under_the_name_of_the_head(tmp_path):
+    want = make_folder(tmp_path / "m")
+    rewrite(tmp_path / "m", lambda tensors: tensors.update({HEAD: tensors.pop(EMBEDDING)}))
+    np.testing.assert_array_equal(arrays_of(tmp_path / "m", MODEL)["embedding"], want["embedding"])
+
+
+AHEAD = schema.Model(
+    vocab_size=97,
+    embed=32,
+    num_layers=2,
+    num_heads=4,
+    norm_eps=1e-6,
+    tie_embeddings=False,
+    mla=schema.Mla(q_rank=None, kv_rank=16, nope_dim=8, rope_dim=4, value_dim=8),
+    moe=schema.Moe(num_experts=2, experts_per_token=1, mlp=16, shared_mlp=16, routing="sigmoid", balance_rate=0.001, aux_loss=0.0001),
+    mtp=schema.Mtp(num_layers=1),
+    slots={"layer": schema.Slot(feed_forward="moe")},
+)
+
+
+@pytest.mark.parametrize("name", ["embed_tokens", "shared_head.head"])
+def test_copies_of_multi_token_prediction(name, tmp_path, caplog):
+    """Compared with what they repeat; with others the layers are left out if the config says so, and the message says that."""
+    make_folder(tmp_path / "m", AHEAD)
+    copy = f"model.layers.2.{name}.weight"
+    arrays_of(tmp_path / "m", AHEAD)
+    rewrite(tmp_path / "m", lambda tensors: tensors.pop(copy))
+    arrays_of(tmp_path / "m", AHEAD)  # one of them may be absent
+    rewrite(tmp_path / "m", lambda tensors: tensors.update({copy: np.ones((97, 32), np.float32)}))
+    with pytest.raises(Refused, match=f"{name}.*num_nextn_predict_layers: 0"):
+        arrays_of(tmp_path / "m", AHEAD)
+    edit_json(tmp_path / "m" / "config.json", lambda config: config.update(num_nextn_predict_layers=0))
+    arrays_of(tmp_path / "m", AHEAD.model_copy(update={"mtp": None}))
+    assert "multi-token prediction (model.layers.2." in caplog.records[-1].message
+
+
+def test_a_tensor_in_two_files(tmp_path):
+    make_folder(tmp_path / "m")
+    data = (tmp_path / "m" / huggingface.SINGLE).read_bytes()
+    for file in ("a.safetensors", "b.safetensors"):
+        (tmp_path / "m" / file).write_bytes(data)
+    names = list(safetensors.read_header(tmp_path / "m" / "a.safetensors"))
+    where = dict.fromkeys(names, "a.safetensors") | {names[0]: "b.safetensors"}
+    (tmp_path / "m" / huggingface.INDEX).write_text(json.dumps({"weight_map": where}))
+    with pytest.raises(Refused, match="both here"):
+        huggingface.Folder(tmp_path / "m")
+    (tmp_path / "m" / huggingface.SINGLE).unlink()
+    arrays_of(tmp_path / "m", MODEL)
+    (tmp_path / "m" / "b.safetensors").write_bytes(data[:-4] + b"1234")
+    with pytest.raises(Refused, match=r"b\.safetensors: .* with other numbers"):
+        huggingface.Folder(tmp_path / "m")
+
+
+def test_other_weights_in_the_folder(tmp_path, caplog):
+    make_folder(tmp_path / "m")
+    for name in ("consolidated.safetensors", "pytorch_model.bin"):
+        (tmp_path / "m" / name).write_bytes(b"")
+    huggingface.Folder(tmp_path / "m")
+    assert "weights that are not read: consolidated.safetensors, pytorch_model.bin" in caplog.records[-1].message
+    (tmp_path / "m" / "adapter_config.json").write_text("{}")
+    with pytest.raises(Refused, match="adapter"):
+        huggingface.Folder(tmp_path / "m")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -168,11 +263,19 @@ def test_sentencepiece_model_becomes_a_tokenizer(tmp_path):
         assert ours.decode(reference.encode(line)) == line
 
 
-@pytest.mark.parametrize("section", [{"quant_method": "awq"}, {"weight_block_size": [64, 64]}])
-def test_unknown_quantisation(section, tmp_path):
+UNKNOWN = {
+    "'awq'": {"quant_method": "awq"},
+    r"\[64, 64\]": {"weight_block_size": [64, 64]},
+    "one factor for each tensor": {"weight_block_size": None},
+    "quant_algo.*NVFP4.* names no quant_method": {"quant_method": None, "quant_algo": "NVFP4"},
+}
+
+
+@pytest.mark.parametrize("words", UNKNOWN)
+def test_unknown_quantisation(words, tmp_path):
     make_folder(tmp_path / "m")
-    quantise(tmp_path / "m", lambda config: config.update(section))
-    with pytest.raises(Refused, match="quantization_config"):
+    quantise(tmp_path / "m", lambda config: config.update(UNKNOWN[words]))
+    with pytest.raises(Refused, match=f"quantization_config.*{words}"):
         huggingface.Folder(tmp_path / "m")
 
 
@@ -254,7 +357,10 @@ HOSTILE = {
     "cut within the header": (cut_in_header, ["cut short"]),
     "empty": (empty, ["cut short"]),
     "header of 2**63 bytes": (huge_header, ["does not fit"]),
-    "header is no JSON": (lambda f: (f / huggingface.SINGLE).write_bytes((4).to_bytes(8, "little") + b"{{{{" * 9), ["malformed"]),
+    "header is no JSON": (
+        lambda f: (f / huggingface.SINGLE).write_bytes((4).to_bytes(8, "little") + b"{{{{" * 9),
+        ["its header", "not JSON"],
+    ),
     "offsets beyond the file": (header(lambda t: t.update(data_offsets=[10**9, 10**9 + 128])), ["lies"]),
     "negative offsets": (header(lambda t: t.update(data_offsets=[-128, 0])), ["lies"]),
     "offsets that do not fit the shape": (header(lambda t: t.update(shape=[10**6])), ["lies"]),
@@ -273,7 +379,10 @@ HOSTILE = {
     "no config": (lambda f: (f / "config.json").unlink(), ["config.json"]),
     "a config that is no JSON": (lambda f: (f / "config.json").write_text("{"), ["config.json", "not JSON"]),
     "a config that is deeply nested": (lambda f: (f / "config.json").write_text("[" * 100_000), ["config.json", "not JSON"]),
-    "a config with a negative size": (lambda f: edit_json(f / "config.json", lambda c: c.update(num_hidden_layers=-3)), ["num_layers"]),
+    "a config with a negative size": (
+        lambda f: edit_json(f / "config.json", lambda c: c.update(num_hidden_layers=-3)),
+        ["num_hidden_layers"],
+    ),
     "a config of another size": (lambda f: edit_json(f / "config.json", lambda c: c.update(num_hidden_layers=4)), ["layers.3", "missing"]),
 }
 

@@ -13,9 +13,9 @@ import pytest
 from states import abstract, assert_same, data_file, newest, restored, run, save, saved, tree
 
 from maxtrain.checkpoint import orbax as module
-from maxtrain.checkpoint.integrity import MANIFEST, damage
 from maxtrain.checkpoint.orbax import Checkpointer
 from maxtrain.config import schema
+from maxtrain.data.integrity import MANIFEST, damage
 
 
 @pytest.mark.parametrize("again", [1, 2], ids=["replacing", "new"])

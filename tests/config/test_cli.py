@@ -138,6 +138,18 @@ def test_streams_that_are_not_there_are_no_terminals():
     assert not any(map(cli.is_terminal, (None, closed, io.StringIO())))
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")])
+def test_no_more_memory_is_said_in_words(error, capsys, monkeypatch):
+    def main(argv):
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["prog"])
+    with pytest.raises(SystemExit) as end:
+        cli.run(main)
+    assert end.value.code == 1
+    assert capsys.readouterr().err.startswith("the memory does not suffice: ")
+
+
 @pytest.mark.parametrize(
     ("outcome", "code"),
     [(None, 0), (0, 0), (75, 75), (Refused("x.yml:1: no"), 2), (KeyboardInterrupt(), 130), (OSError(28, "No space left", "x"), 1)],

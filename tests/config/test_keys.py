@@ -28,7 +28,7 @@ def test_every_key_has_a_docstring():
     ("path", "words"),
     [
         ("train.steps", "a whole number >= 1"),
-        ("optimizer.b1", "a number >= 0 and <= 1"),
+        ("optimizer.b1", "a number >= 0 and < 1"),
         ("optimizer.clip_norm", "a number > 0 or null"),
         ("precision.compute", "float32, bfloat16, float16 or auto"),
         ("optimizer.decay", "a list of matrix, embedding, norm or bias"),

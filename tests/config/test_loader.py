@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from maxtrain.config import Config, Refused, dump, load, schema
 from maxtrain.config.loader import Loaded, render
+from maxtrain.config.section import MAX_FLOAT, MAX_INT
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 
@@ -165,19 +166,18 @@ def assert_reads_back(config):
 
 
 NAMES = st.text().filter(lambda name: "." not in name)
-POSITIVE = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
+POSITIVE = st.floats(min_value=0, exclude_min=True, max_value=MAX_FLOAT)
+PATHS = st.text(min_size=1).filter(lambda path: "\0" not in path)
 SOURCES = st.builds(
-    schema.Source, kind=st.just("text"), path=st.text(), pattern=st.text(), weight=POSITIVE, max_bytes=st.none() | st.integers(1)
+    schema.Source, kind=st.just("text"), path=PATHS, pattern=st.text(), weight=POSITIVE, max_bytes=st.none() | st.integers(1, 2**63 - 1)
 )
 CONFIG = st.builds(
     schema.Config,
-    run=st.builds(
-        schema.Run, name=st.text() | st.sampled_from(["no", "1e-4", "null", "010", "1:30", "1_0", "", "~", "a: b", " x ", "a\nb"])
-    ),
+    run=st.builds(schema.Run, name=PATHS | st.sampled_from(["no", "1e-4", "null", "010", "1:30", "1_0", "~", "a: b", " x ", "a\nb"])),
     model=st.builds(
         schema.Model, rope=st.builds(schema.Rope, theta=POSITIVE, scaling=st.none() | st.builds(schema.RopeScaling, factor=POSITIVE))
     ),
-    data=st.builds(schema.Data, sources=st.dictionaries(NAMES, SOURCES, min_size=1, max_size=3), batch_size=st.integers(1)),
+    data=st.builds(schema.Data, sources=st.dictionaries(NAMES, SOURCES, min_size=1, max_size=3), batch_size=st.integers(1, MAX_INT)),
     optimizer=st.builds(
         schema.Optimizer, eps=POSITIVE, clip_norm=st.none() | POSITIVE, decay=st.lists(st.sampled_from(["matrix", "norm"])).map(tuple)
     ),
@@ -212,7 +212,7 @@ def test_dump_reads_back_where_setting_a_key_could_be_refused(config):
 
 
 @pytest.mark.parametrize(
-    "name", ["no", "1e-4", "3E5", "1_0", "null", "", "~", "010", "1:30", "2024-01-01", "a: b", " x ", "a\nb\n", "!x", "*x"]
+    "name", ["no", "1e-4", "3E5", "1_0", "null", "~", "010", "1:30", "2024-01-01", "a: b", " x ", "a\nb\n", "!x", "*x"]
 )
 def test_text_stays_text(write, name):
     assert_reads_back(Config(run=schema.Run(name=name)))

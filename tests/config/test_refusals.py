@@ -1,10 +1,14 @@
 """Broken configs, one a row, and what their message must say: the place, the key, the value, the remedy."""
 
 import os
+import pwd
+import re
+import time
 
 import pytest
 
-from maxtrain.config import Refused, load
+from maxtrain.config import Refused, keys, load
+from maxtrain.config.paths import expand
 
 MOE = "model: {slots: {layer: {feed_forward: moe}}, moe: {num_experts: 8, experts_per_token: 2, mlp: 8, @}}"
 BROKEN = [
@@ -43,7 +47,8 @@ BROKEN = [
         "optimizer: {decay: [matrx]}",
         "optimizer.decay: matrx is refused: write a list of matrix, embedding, norm or bias; did you mean matrix?",
     ),
-    ("optimizer: {b1: 1.5}", "optimizer.b1: 1.5 is refused: write a number >= 0 and <= 1"),
+    ("optimizer: {b1: 1.5}", "optimizer.b1: 1.5 is refused: write a number >= 0 and < 1"),
+    ("optimizer: {b2: 1}", "optimizer.b2: 1 is refused: write a number >= 0 and < 1"),
     ("precision: {compute: bf16}", "precision.compute: bf16 is refused: write float32, bfloat16, float16 or auto; did you mean bfloat16?"),
     ("run: {name: 3}", "run.name: 3 is refused: write text, in quotes: '3'"),
     ("run: {name: true}", "run.name: true is refused: write text, in quotes: 'true'"),
@@ -135,13 +140,13 @@ BROKEN = [
     ("[" * 5000, "run.yml:1: nested more than 30 levels deep"),
     (b"run:\n  name: caf\xe9", "run.yml:2: not UTF-8 text"),
     # includes
-    ("train: {}\ninclude: basis.yml", "run.yml:2: include: basis.yml: No such file or directory; did you mean base.yml?"),
+    ("train: {}\ninclude: basis.yml", "run.yml:2: include: basis.yml: cannot be read: No such file or directory; did you mean base.yml?"),
     ("include: [base.yml, 3]", "run.yml:1: include must be a file name or a list of file names"),
     ("include:", "run.yml:1: include must be a file name or a list of file names"),
     ("include: run.yml", "run.yml:1: include: the files include each other in a circle: run.yml -> run.yml"),
     ("include: there.yml", "there.yml:1: include: the files include each other in a circle: run.yml -> there.yml -> run.yml"),
     ("include: wrong.yml", "wrong.yml:2: train.steps: abc is refused"),
-    ("include: .", "run.yml:1: include: .: Is a directory"),
+    ("include: .", "run.yml:1: include: .: it is a folder"),
 ]
 OTHERS = {"base.yml": "train: {seed: 1}", "there.yml": "include: run.yml", "wrong.yml": "train:\n  steps: abc"}
 BROKEN_OVERRIDES = [
@@ -203,7 +208,7 @@ def test_all_clashes_between_sections_are_reported_at_once():
 
 
 @pytest.mark.parametrize(
-    ("path", "message"), [("bse.yml", "did you mean base.yml?"), (".", "Is a directory"), ("no/x.yml", "No such file")]
+    ("path", "message"), [("bse.yml", "did you mean base.yml?"), (".", "it is a folder"), ("no/x.yml", "No such file")]
 )
 def test_path_that_is_no_file_is_refused(folder, path, message):
     with pytest.raises(Refused) as refusal:
@@ -217,3 +222,71 @@ def test_unreadable_file_is_refused(folder):
     (folder / "base.yml").chmod(0)
     with pytest.raises(Refused, match=r"base.yml: Permission denied"):
         load("base.yml")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.seed=4294967296", "train.seed: 4294967296 is refused: write a whole number >= 0 and < 4294967296"),
+        ("train.steps=2147483648", "train.steps: 2147483648 is refused: write a whole number >= 1, at most 2,147,483,647"),
+        ("schedule.learning_rate=1e39", "is refused: write a number > 0, at most"),
+        ("guard.window=100000000000", "guard.window: 100000000000 is refused: write a whole number >= 8 and <= 1000000"),
+        ("model.num_layers=1000000", "write a whole number >= 1 and <= 10000"),
+        ("mesh.coordinator=localhost:abc mesh.num_processes=2 mesh.process_id=0", "host:port with a port from 1 to 65535"),
+        ("mesh.coordinator=localhost:70000 mesh.num_processes=2 mesh.process_id=0", "host:port with a port from 1 to 65535"),
+        ("mesh.coordinator=:80 mesh.num_processes=2 mesh.process_id=0", "host:port with a port from 1 to 65535"),
+        ("mesh.coordinator=host:80 mesh.num_processes=2 mesh.process_id=2", "process_id=2 must be below num_processes=2"),
+        ("mesh.num_processes=2", "num_processes=2 needs coordinator and process_id"),
+        ("mesh.process_id=1", "process_id=1 must be below num_processes=1"),
+        ('run.dir="a\\0b"', "run.dir: a path has no character NUL"),
+        ('data.cache_dir=""', "data.cache_dir: the path is empty"),
+        ('serve.sampling.logit_bias={code: 1.0}', "serve.sampling.logit_bias: the key code is refused: write a whole number >= 0"),
+        ("metrics.sinks=[jsonl, jsonl]", "metrics.sinks: sinks names one twice"),
+    ],
+)  # fmt: skip
+def test_values_out_of_bounds_are_refused(override, message):
+    with pytest.raises(Refused) as refusal:
+        load(None, override.split(" ") if override.startswith("mesh") else [override])
+    assert message in str(refusal.value)
+
+
+def test_every_number_has_bounds():
+    """Of all keys that take a number, on both sides."""
+    for path, field in keys.walk():
+        for option in keys.options(field):
+            if option.annotation in (int, float):
+                bounds = {name for bound in option.metadata for name in ("ge", "gt", "le", "lt") if getattr(bound, name, None) is not None}
+                assert len(bounds) == 2, path
+
+
+def test_what_no_config_is_is_refused_at_once(folder):
+    """Large, endless, deep and repeated input."""
+    os.mkfifo("fifo.yml")
+    (folder / "large.yml").write_text("run: {name: x}\n" + "#" * 2**20)
+    (folder / "run0.yml").write_text("train: {steps: 1}")
+    for index in range(1, 26):  # twice as many files with each
+        (folder / f"run{index}.yml").write_text(f"include: [run{index - 1}.yml, run{index - 1}.yml]")
+    (folder / "many.yml").write_text("".join(f"key{index}: 1\n" for index in range(2000)))
+    (folder / "long.yml").write_text("? " + "k" * 500_000 + "\n: 1")
+    start = time.process_time()
+    for name, message in {
+        "fifo.yml": "fifo.yml: it is a fifo, a regular file is expected",
+        "/dev/zero": "/dev/zero: it is a device",
+        "large.yml": "more than 1,048,576 bytes",
+        "run25.yml": "more than 200 files are included",
+        "many.yml": "... and 1980 more",
+        "long.yml": "unknown key",
+    }.items():
+        with pytest.raises(Refused, match=re.escape(message)):
+            load(name)
+    assert time.process_time() - start < 10
+
+
+def test_home_that_is_unknown_is_refused(monkeypatch):
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[uid])
+    config = load(None, ["run.dir=~/x", "data.cache_dir=~nobody-of-this-name/x"]).config
+    with pytest.raises(Refused, match=re.escape("run.dir: ~/x: the home folder is unknown (HOME is not set)")):
+        _ = config.run.folder
+    with pytest.raises(Refused, match="there is no user 'nobody-of-this-name'"):
+        expand(config.data.cache_dir, "data.cache_dir")

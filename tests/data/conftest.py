@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 
 from maxtrain.config.schema import Source
+from maxtrain.data.boundaries import Boundaries
 from maxtrain.data.tokenizer import Tokenizer
 
 
 class CharTokenizer(Tokenizer):
     """Code points from 2 on; so a test can write documents in which no token occurs twice."""
 
-    vocab_size, bos_id, eos_id, fingerprint = 70_000, 0, 1, "char"
+    vocab_size, fingerprint = 70_000, "char"
+    boundaries = Boundaries((0,), (0,), (1,), frozenset({1}))
 
     def encode_batch(self, texts):
         return [np.array([ord(c) for c in text], np.int32) for text in texts]

@@ -1,5 +1,6 @@
 """Prepared shards hold every document once, are found again, and survive kill -9, damage and company."""
 
+import pickle
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 
 from maxtrain.config.errors import Refused
 from maxtrain.config.schema import Source
-from maxtrain.data import shards
+from maxtrain.data import integrity, shards
 from maxtrain.data.shards import Shard, prepare
 from maxtrain.data.sources import documents
 from maxtrain.data.tokenizer import ByteTokenizer
@@ -47,7 +48,7 @@ def test_shard_holds_every_document_once_in_a_fixed_random_order(tmp_path, monke
 def test_large_vocabularies_take_four_bytes(tmp_path, jsonl, characters):
     shard = prepare("s", jsonl(["a\uffff"]), characters, str(tmp_path / "cache"))
     assert shard.tokens.dtype == np.uint32
-    assert shard.tokens.tolist() == [0, 97, 0xFFFF, 1]
+    assert shard.tokens[:].tolist() == [0, 97, 0xFFFF, 1]
 
 
 def test_window_reads_the_shard_as_a_ring(tmp_path):
@@ -78,8 +79,72 @@ def test_damaged_shards_are_made_again(tmp_path, name):
     expected = texts(shard)
     with open(shard.folder / name, "r+b") as file:
         file.truncate(11)
-    assert Shard.find(shard.folder) is None
     assert texts(prepare("s", SOURCE, ByteTokenizer(), str(tmp_path))) == expected
+
+
+@pytest.fixture
+def blocks(monkeypatch):
+    """Blocks of 64 bytes, so that a small shard has many."""
+    monkeypatch.setattr(integrity, "BLOCK", 64)
+
+
+def flip(path, position):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 8
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["tokens", "offsets"])
+def test_a_damaged_block_is_made_anew_before_it_is_used(tmp_path, name, blocks, capsys):
+    folder = prepare("s", SOURCE, ByteTokenizer(), str(tmp_path)).folder
+    for position in range(0, (folder / name).stat().st_size, 487):
+        want = [array.tolist() for array in Shard(folder).window(0, Shard(folder).num_tokens)]
+        flip(folder / name, position)
+        shard = prepare("s", SOURCE, ByteTokenizer(), str(tmp_path))
+        assert [array.tolist() for array in shard.window(0, shard.num_tokens)] == want
+        assert f"{name} has changed" in capsys.readouterr().err
+        assert not integrity.damage(folder)
+
+
+def test_only_what_is_read_is_compared(tmp_path, blocks):
+    shard = prepare("s", SOURCE, ByteTokenizer(), str(tmp_path))
+    want = shard.tokens[:64]
+    flip(shard.folder / "tokens", 1000)
+    again = pickle.loads(pickle.dumps(prepare("s", SOURCE, ByteTokenizer(), str(tmp_path))))
+    assert (again.tokens[:64] == want).all()
+    assert integrity.damage(shard.folder)
+    assert again.tokens[500] == shard.tokens[500]
+    assert not integrity.damage(shard.folder)
+
+
+def test_a_damaged_block_whose_source_has_changed_is_refused(tmp_path, jsonl, blocks):
+    source = jsonl(["a" * 200, "b" * 300])
+    shard = prepare("s", source, ByteTokenizer(), str(tmp_path / "cache"))
+    jsonl(["a" * 200, "c" * 300])
+    flip(shard.folder / "tokens", 1)
+    with pytest.raises(Refused, match="what it was made of has changed"):
+        shard.window(0, 100)
+
+
+@pytest.mark.parametrize("name", ["tokens", "offsets", "meta.json"])
+def test_a_shard_without_hashes_is_checked_by_its_content(tmp_path, name, capsys):
+    shard = prepare("s", SOURCE, ByteTokenizer(), str(tmp_path))
+    want = texts(shard)
+    (shard.folder / integrity.MANIFEST).unlink()
+    match name:
+        case "tokens":
+            content = bytearray((shard.folder / "tokens").read_bytes())
+            content[200:202] = np.uint16(258).tobytes()
+            (shard.folder / "tokens").write_bytes(content)
+        case "offsets":
+            offsets = np.fromfile(shard.folder / "offsets", np.int64)
+            offsets[7] = 2**40
+            offsets.tofile(shard.folder / "offsets")
+        case _:
+            text = (shard.folder / "meta.json").read_text()
+            (shard.folder / "meta.json").write_text(text.replace("uint16", "float16"))
+    assert texts(prepare("s", SOURCE, ByteTokenizer(), str(tmp_path))) == want
+    assert "made anew" in capsys.readouterr().err
 
 
 def test_bad_data_leaves_nothing(tmp_path, jsonl):
@@ -116,7 +181,7 @@ def test_of_two_at_once_one_writes_and_the_other_waits(tmp_path, monkeypatch):
 KILLED = """
 import sys, time
 from maxtrain.config.schema import Source
-from maxtrain.data import shards
+from maxtrain.data import integrity, shards
 from maxtrain.data.tokenizer import ByteTokenizer
 
 class Stuck(ByteTokenizer):

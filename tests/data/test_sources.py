@@ -1,14 +1,18 @@
 """Documents are deterministic and complete; bad data is refused with file, line and remedy."""
 
+import bz2
 import gzip
 import json
+import lzma
 import os
+import re
 import sysconfig
 
 import pytest
 
 from maxtrain.config.errors import Refused
 from maxtrain.config.schema import Source
+from maxtrain.data import documents as texts
 from maxtrain.data import sources
 from maxtrain.data.sources import documents, fingerprint
 
@@ -44,6 +48,17 @@ BAD = {  # file name, content, keys of the source, what the message must say
         {"split": "heldout", "heldout_fraction": 1e-9},
         ["split heldout has no document", "heldout_fraction"],
     ),
+    "key twice": ("a.jsonl", GOOD + b'{"text": "a", "text": "b"}\n', {}, ["a.jsonl:2", "the key 'text' is there twice"]),
+    "one array over lines": ("a.jsonl", b'[\n{"text": "a"},\n{"text": "b"}\n]', {}, ["a.jsonl:1", "one JSON array", "object in one line"]),
+    "one object over lines": ("a.jsonl", b'{\n"text": "a"\n}', {}, ["a.jsonl:1", "one JSON object", "in one line"]),
+    "array in one line": ("a.jsonl", b'[{"text": "a"}]', {}, ["a.jsonl:1", "array", "a line of its own"]),
+    "parquet": ("a.txt", b"PAR1\x15\x04\x15\x80\x80\xffPAR1", {}, ["a.txt: a Parquet file", "jsonl"]),
+    "zstd": ("a.jsonl.zst", bytes.fromhex("28b52ffd0458") + b"\x80junk", {}, ["a.jsonl.zst: compressed with zstd", "gzip"]),
+    "xz": ("a.txt", lzma.compress(b"text"), {}, ["a.txt: compressed with xz"]),
+    "bzip2": ("a.txt", bz2.compress(b"text"), {}, ["a.txt: compressed with bzip2"]),
+    "UTF-16": ("a.txt", "text".encode("utf-16"), {}, ["a.txt: UTF-16 text: convert it to UTF-8"]),
+    "pattern with a name that is half **": ("a.txt", b"good", {"pattern": "**.txt"}, ["pattern '**.txt'"]),
+    "pattern that leaves the folder": ("a.txt", b"good", {"pattern": "../*"}, ["pattern '../*'"]),
     "limit below the first": ("a.txt", b"good", {"max_bytes": 3}, ["max_bytes=3", "raise max_bytes"]),
 }
 
@@ -71,8 +86,8 @@ def test_unreadable_data_is_refused(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     with monkeypatch.context() as patch:  # chmod would not stop a test that runs as root
-        patch.setattr(sources, "open", denied, raising=False)
-        with pytest.raises(Refused, match=r"a\.txt: cannot be read: Permission denied; correct"):
+        patch.setattr(os, "open", denied)
+        with pytest.raises(Refused, match=r"a\.txt: cannot be read: Permission denied"):
             list(documents(source))
     with monkeypatch.context() as patch:
         patch.setattr(os, "scandir", denied)
@@ -88,6 +103,67 @@ def test_text_is_taken_byte_for_byte_sorted_and_decompressed(tmp_path):
     found = list(documents(Source(kind="text", path=str(tmp_path), pattern="**/*.txt*")))
     assert found == [("zipped", "b.txt.gz"), ("\ufeffä\r\n\x00", "sub/z.txt")]
     assert list(documents(Source(kind="text", path=str(tmp_path / "b.txt.gz")))) == [("zipped", "b.txt.gz")]
+
+
+def test_files_below_a_folder(tmp_path):
+    """Links are followed, in circles once; what begins with a dot is named and left out unless the pattern says it."""
+    root = tmp_path / "corpus"
+    for name in ("corpus/a.txt", "corpus/sub/b.txt", "corpus/.git/HEAD", "corpus/.DS_Store", "corpus/sub/.x/c.txt", "store/d.txt", "e.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (root / "web").symlink_to(tmp_path / "store")
+    (root / "web" / "back").symlink_to(root)
+    (root / "e.txt").symlink_to(tmp_path / "e.txt")
+
+    def taken(pattern="**/*"):
+        return [document.name for document in documents(Source(kind="text", path=str(root), pattern=pattern))]
+
+    assert taken() == taken("**") == ["a.txt", "e.txt", "sub/b.txt", "web/d.txt"]
+    assert taken("*") == ["a.txt", "e.txt"]
+    assert taken("*/*.txt") == ["sub/b.txt", "web/d.txt"]
+    assert taken("s*/**/?.txt") == ["sub/b.txt"]
+    assert taken("**/[ab].txt") == ["a.txt", "sub/b.txt"]
+    assert taken(".git/*") == [".git/HEAD"]
+    assert taken("**/.x/*") == ["sub/.x/c.txt"]
+    (note,) = sources.notes(Source(kind="text", path=str(root)))
+    assert note.endswith("3 left out for a dot in front (.DS_Store, .git, sub/.x); a pattern with one takes them")
+    assert sources.notes(Source(kind="text", path=str(root / "a.txt"), pattern="*.txt")) == [
+        f"pattern=*.txt has no effect: {root / 'a.txt'} is a file"
+    ]
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / ".hidden").write_text("x")
+    with pytest.raises(Refused, match=r"no file matches '\*\*/\*' but what begins with a dot \(\.hidden\)"):
+        list(documents(Source(kind="text", path=str(tmp_path / "only"))))
+    os.mkfifo(root / "fifo")
+    with pytest.raises(Refused, match="fifo: it is a fifo"):
+        fingerprint(Source(kind="text", path=str(root)), str(tmp_path / "cache"))
+
+
+def test_large_files_are_read_in_chunks(tmp_path, monkeypatch):
+    """With the same text, size, part and bytes to blame as a file that is read whole."""
+    text = "".join(f"{i}: äöü 😀 line\n" for i in range(2000))
+    path = tmp_path / "a.txt"
+    path.write_text(text)
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(text.encode()))
+    whole = list(documents(Source(kind="text", path=str(tmp_path))))
+    monkeypatch.setattr(sources, "LARGE", 1000)
+    monkeypatch.setattr(texts, "CHUNK", 37)
+    large = list(documents(Source(kind="text", path=str(tmp_path))))
+    assert all(isinstance(document, texts.LargeDocument) for document in large)
+    for one, other in zip(whole, large, strict=True):
+        assert (one.text, one.name, one.num_bytes, one.hash) == (other.text, other.name, other.num_bytes, other.hash)
+    bad = text.encode()
+    at = bad.index("😀".encode(), 20_000)
+    path.write_bytes(bad[:at] + b"\xff" + bad[at + 1 :])
+    says = f"a.txt:{bad.count(10, 0, at) + 1}: byte {at} (0xff) is not valid UTF-8"
+    for limit in (1000, 10**6):
+        monkeypatch.setattr(sources, "LARGE", limit)
+        with pytest.raises(Refused, match=re.escape(says)):
+            list(map(str, (document.text for document in documents(Source(kind="text", path=str(path))))))
+    (tmp_path / "c.jsonl").write_bytes(GOOD + line({"text": "x" * 2000}))
+    monkeypatch.setattr(sources, "LARGE", 1000)
+    with pytest.raises(Refused, match=r"c.jsonl:2: longer than 1,000 bytes"):
+        list(documents(Source(kind="jsonl", path=str(tmp_path / "c.jsonl"))))
 
 
 def test_jsonl_reads_its_field_and_names_the_line(tmp_path):

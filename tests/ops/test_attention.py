@@ -32,6 +32,7 @@ def whole(q, k, v, segments, sinks, options):
         (150, Options(window=100, softcap=1.5), True, 12),
         (150, Options(softcap=0.5), False, 8),
         (1100, Options(window=65), False, 8),
+        (1100, Options(window=700, softcap=2.0), True, 5),
     ],
 )
 def test_value_and_gradient(length, options, sink, value_width):

@@ -80,6 +80,16 @@ def test_longrope_divides_by_the_length_of_the_document():
     np.testing.assert_array_equal(rope.angles(positions, cfg, 4)[0][0, :4], cos[0, :4])  # serving: within the original length
 
 
+def test_dynamic_base_grows_with_the_document():
+    """Documents of one row on their own: the base grows with the length beyond the original one."""
+    cfg = schema.Rope(theta=100.0, scaling=schema.RopeScaling(kind="dynamic", factor=3.0, original_length=4))
+    positions = np.concatenate([np.arange(4), np.arange(6)])[None]
+    cos, _ = rope.angles(positions, cfg, 8, np.repeat([1, 2], [4, 6])[None])
+    theta = np.repeat([100.0, 100.0 * (3.0 * 6 / 4 - 2.0) ** (8 / 6)], [4, 6])[None, :, None]
+    np.testing.assert_allclose(cos, np.cos(positions[..., None] / theta ** (np.arange(0, 8, 2) / 8)), atol=1e-5)
+    np.testing.assert_array_equal(rope.angles(positions, cfg, 8)[0][0, :4], cos[0, :4])  # serving: within the original length
+
+
 def test_partial_and_interleaved():
     """Only the first part of a head turns; neighbours and halves are the same rotation in another order."""
     x = np.random.default_rng(0).normal(size=(1, 5, 2, 16)).astype(np.float32)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from maxtrain.config import schema
-from maxtrain.ops import ring_attention
+from maxtrain.ops import attention_tiles
 from maxtrain.ops.causal_attention import Options, causal_attention
 from maxtrain.ops.ring_attention import balanced_order
 from maxtrain.ops.split_attention import split_attention
@@ -119,16 +119,16 @@ def test_in_the_balanced_order_every_device_has_an_early_and_a_late_chunk():
 
 
 def counted(way, window, documents):
-    """How many tiles of queries and keys the ring computes, on all devices together."""
+    """How many blocks and tiles of queries and keys the ring computes, on all devices together."""
     given = arrays(512, 2, 2, 8, 8, False, documents)
-    tiles, forward = [], ring_attention.block_forward
+    tiles, forward = [], attention_tiles.block_forward
     place = layout(way, {"context": 4})
 
     def watched(*args):
         jax.debug.callback(lambda: tiles.append(1))
         return forward(*args)
 
-    with mock.patch.object(ring_attention, "block_forward", watched):
+    with mock.patch.object(attention_tiles, "block_forward", watched):
         split_vjp(place, *given, Options(window=window))
     jax.effects_barrier()
     return len(tiles)
@@ -136,8 +136,11 @@ def counted(way, window, documents):
 
 @pytest.mark.slow
 def test_what_no_query_sees_is_not_computed():
-    """Natural: 2 blocks of its own on each of 4 devices, 6 pairs of chunks with 2 each. Balanced: 2 of 3 pairs in each of 3 steps."""
-    assert counted(("ring", False), None, 1) == 4 * 2 + 6 * 2
-    assert counted(("ring", True), None, 1) == 4 * 2 + 4 * 3 * 2
+    """A device has 128 tokens: 2 blocks of its own, and 4 x 2 tiles of 32 queries and 64 keys with those of another device.
+
+    Natural: all tiles of 6 pairs of devices. Balanced: half of the tiles of 12 pairs, in each of which one chunk of two sees the other.
+    """
+    assert counted(("ring", False), None, 1) == 4 * 2 + 6 * 8
+    assert counted(("ring", True), None, 1) == 4 * 2 + 12 * 4
     assert counted(("ring", False), 2, 1) == 4 * 2 + 3  # across each border
     assert counted(("ring", False), None, 512) <= 4 * 2 + 3  # documents of about a token

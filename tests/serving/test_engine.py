@@ -386,5 +386,5 @@ def test_longrope_is_served_within_the_original_length():
     prompt = np.random.default_rng(0).integers(0, 61, 20).tolist()
     (output,) = run(engine, engine.add(prompt, SamplingParams(temperature=0.0, max_tokens=12)))
     assert output == logits(model, [*prompt, *output])[19:31].argmax(-1).tolist()
-    with pytest.raises(Refused, match=r"serve\.max_length=33 is longer than rope\.scaling\.original_length=32: longrope turns"):
+    with pytest.raises(Refused, match=r"serve\.max_length=33 is longer than rope\.scaling\.original_length=32: it turns"):
         build(serve={"max_length": 33}, rope=rope)

@@ -12,7 +12,7 @@ from maxtrain.config import schema
 from maxtrain.ops.attention import Context
 from maxtrain.parallel import mesh
 from maxtrain.parallel.sharding import Layout
-from maxtrain.training.program import make_program, put_batch
+from maxtrain.training.program import make_program, put_batch, put_stop
 
 MOE = {"slots": {"layer": schema.Slot(feed_forward="moe")}}
 EXPERTS = {"num_experts": 4, "experts_per_token": 2, "mlp": 40}
@@ -106,11 +106,11 @@ def compiled(program):
 
 def run(program, given, state=None):
     """Metrics of one step for each batch, and the state after them."""
-    step, spec = compiled(program), program.batch(BATCH, LENGTH)
+    step, spec, stop = compiled(program), program.batch(BATCH, LENGTH), put_stop(False, program.stop)
     state = program.create(0) if state is None else state
     rows = []
     for batch in given:
-        state, metrics = step(state, put_batch(batch, spec, list(range(BATCH))))
+        state, metrics = step(state, put_batch(batch, spec, list(range(BATCH))), stop)
         rows.append(jax.device_get(metrics))
     return rows, state
 

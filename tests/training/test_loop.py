@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from maxtrain.config import load
 from maxtrain.config.errors import Refused
@@ -77,11 +78,32 @@ def crash():
 
 
 class Diary(Hook):
+    """Calls of the hooks; and, in `order`, which steps were dispatched and which arrays of steps the host waited for."""
+
     def __init__(self):
-        self.calls = []
+        self.calls, self.order, self.made = [], [], {}
+
+    def watched(self, wait):
+        """`wait`, noting the steps that the arrays it is given come from; `other` stands for arrays of no step."""
+
+        def waiting(arrays, *args, **keys):
+            self.order.append({self.made.get(id(leaf), "other") for leaf in jax.tree.leaves(arrays)})
+            return wait(arrays, *args, **keys)
+
+        return waiting
 
     def on_start(self, trainer):
         self.calls.append("start")
+        step = trainer.step
+
+        def dispatched(*args):
+            out = step(*args)
+            self.order.append(len(self.made.setdefault("steps", [])) + 1)
+            self.made["steps"].append(out[1])  # kept, so that no id is used twice
+            self.made |= {id(leaf): self.order[-1] for leaf in jax.tree.leaves(out)}
+            return out
+
+        trainer.step = dispatched
 
     def on_step(self, trainer, row):
         self.calls.append(row["step"])
@@ -100,7 +122,10 @@ def whole(tmp_path_factory, cache_dir):
     folder = tmp_path_factory.mktemp("whole") / "run"
     diary = Diary()
     trainer = Trainer(make(folder, cache_dir, "metrics.sinks=[console, jsonl, tensorboard]"), hooks=[diary])
-    trainer.fit()
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in ((jax, "device_get"), (jax, "block_until_ready"), (multihost_utils, "process_allgather")):
+            patch.setattr(module, name, diary.watched(getattr(module, name)))
+        trainer.fit()
     return trainer, folder, diary
 
 
@@ -156,15 +181,25 @@ def test_hooks_see_the_run_and_may_add_to_its_rows(whole):
     assert read(folder)[0][3]["noted"] == 16
 
 
+def test_between_two_dispatches_only_the_older_step_is_waited_for(whole):
+    """But for steps at whose end something is done with the state, every fifth here."""
+    order = whole[2].order
+    for step in range(2, 20):
+        between = order[order.index(step) + 1 : order.index(step + 1)]
+        assert ({step - 1} in between) == bool((step - 1) % 5)  # those of every fifth have been read by then
+        if step % 5:
+            assert all(waited == {step - 1} for waited in between)
+
+
 # ---------------------------------------------------------------------------------------------------- interruptions
 
 
 def test_a_signal_saves_and_the_same_command_goes_on(whole, tmp_path, cache_dir):
     config = make(tmp_path, cache_dir)
     with pytest.raises(Stopped):
-        Trainer(config, hooks=[At(7, terminate)]).fit()
+        Trainer(config, hooks=[At(6, terminate)]).fit()
     steps, _, events = read(tmp_path)
-    assert 7 <= len(steps) < 10
+    assert len(steps) == 9  # when the numbers of step 6 arrive, 7 is under way; 8 is told; 9 is under way when those of 8 arrive
     assert events == ["stopped by SIGTERM, saved; the same command goes on from here"]
     trainer = Trainer(config)
     trainer.fit()
@@ -281,9 +316,9 @@ class Poison(Hook):
     def on_start(self, trainer):
         step = trainer.step
 
-        def poisoned(state, batch):
+        def poisoned(state, batch, stop):
             sign = -1 if int(state.data_step) in self.bad else 1
-            return step(state, batch | {"segments": sign * batch["segments"]})
+            return step(state, batch | {"segments": sign * batch["segments"]}, stop)
 
         trainer.step = poisoned
 
@@ -320,18 +355,38 @@ def test_bad_steps_are_skipped_then_left_behind(whole, tmp_path, cache_dir):
     assert list((tmp_path / "tensorboard").rglob("*.xplane.pb"))
 
 
-def test_the_count_of_skipped_steps_begins_anew_after_a_rollback(tmp_path, cache_dir):
-    """The checkpoint of step 5 was made within a row of bad steps; batch 6 alone must not send the run back again."""
+def test_no_checkpoint_is_made_of_skipped_steps(tmp_path, cache_dir):
+    """Of step 5, within a row of bad steps, there is none to go back to; batch 6 alone must not send the run back again."""
     config = make(tmp_path, cache_dir, "guard.max_skipped=3", "guard.max_rollbacks=1")
     fit(config, 3, 4, 5, 6)
-    steps, _, events = read(tmp_path)
-    assert len(events) == 1
-    assert [row["step"] for row in steps if row["skipped"]] == [4, 5, 6]
+    steps, _, (event,) = read(tmp_path)
+    assert "rolled back from step 6 to step 0" in event
+    assert [row["step"] for row in steps if row["skipped"]] == [1]
+
+
+def test_last_steps_that_were_skipped_are_not_the_end(tmp_path, cache_dir):
+    """Batch 19, of the last step, is bad: the run goes back to step 15 and ends with other batches."""
+    state = fit(make(tmp_path, cache_dir), 19)
+    steps, _, (event,) = read(tmp_path)
+    assert "rolled back from step 20 to step 15 after a skipped step" in event
+    assert not any(row["skipped"] for row in steps)
+    assert (int(state.step), int(state.data_step)) == (20, 25)
+
+
+def test_each_rollback_goes_one_checkpoint_further(tmp_path, cache_dir):
+    """From step 12 to step 10; then, before the run has come past step 12, to step 5; from step 18, past it, to step 15."""
+    config = make(tmp_path, cache_dir, "guard.max_skipped=1", "checkpoint.keep_last=9")
+    fit(config, 11, 12, 25)
+    _, _, events = read(tmp_path)
+    assert [event.split(" after")[0] for event in events if "rolled" in event] == [
+        "rolled back from step 11 to step 5",
+        "rolled back from step 18 to step 15",
+    ]
 
 
 def test_a_run_that_cannot_be_saved_ends(tmp_path, cache_dir):
     config = make(tmp_path, cache_dir, "guard.max_skipped=2", "guard.max_rollbacks=2")
-    with pytest.raises(Diverged, match="2 steps in a row were skipped after 2 rollbacks"):
+    with pytest.raises(Diverged, match="2 skipped steps in a row after 2 rollbacks"):
         fit(config, *range(6, 40))
     assert sum("rolled back" in event for event in read(tmp_path)[2]) == 2
     assert (tmp_path / "checkpoints" / "5").exists()

@@ -17,7 +17,7 @@ from maxtrain.parallel.sharding import is_param, kind
 from maxtrain.training import dry_run
 from maxtrain.training import state as states
 from maxtrain.training.optimizer import make_schedule
-from maxtrain.training.program import put_batch
+from maxtrain.training.program import put_batch, put_stop
 from maxtrain.training.step import make_train_step
 
 
@@ -300,9 +300,33 @@ def test_masks_are_not_kept_for_all_layers(axes):
     """Nothing that only says which token sees which is computed outside the layers: it would grow by the square of the length."""
     program = build(make_config(axes=axes, data=1, fsdp=2))
     with sharding.use(program.layout):
-        traced = jax.make_jaxpr(make_train_step(program.config, program.loss_fn))(program.state, program.batch(BATCH, LENGTH))
+        traced = jax.make_jaxpr(make_train_step(program.config, program.loss_fn))(program.state, program.batch(BATCH, LENGTH), program.stop)
     masks = [var.aval.shape for equation in traced.eqns for var in equation.outvars if var.aval.dtype == bool]
     assert max(map(math.prod, masks)) <= BATCH * LENGTH
+
+
+def test_every_device_can_ask_to_stop_and_changes_nothing_by_it():
+    program = build(make_config(data=2, fsdp=4), 2)
+    step, batch = compiled(program), put_batch(batches(1)[0], program.batch(BATCH, LENGTH), list(range(BATCH)))
+    found = {}
+    for device in (None, 0, 5):
+        asked = np.arange(8) == device
+        stop = jax.make_array_from_callback((8,), program.stop.sharding, lambda index, asked=asked: asked[index].astype(np.int32))
+        found[device] = jax.device_get(step(program.create(0), batch, stop))
+    assert [metrics.pop("stop") for _, metrics in found.values()] == [0, 1, 1]
+    assert_identical(found[None], found[5])
+
+
+def test_a_state_that_is_not_finite_is_told():
+    program = build(make_config(data=2, fsdp=4), 2)
+    step, batch = compiled(program), put_batch(batches(1)[0], program.batch(BATCH, LENGTH), list(range(BATCH)))
+    for name, bad in (("nothing", 0.0), ("moment", np.inf), ("moment", np.nan)):
+        state = program.create(0)
+        moments = [leaf.at[(0,) * leaf.ndim].add(bad) if leaf.ndim else leaf for leaf in jax.tree.leaves(state.opt_state)]
+        moments = jax.device_put(moments, [leaf.sharding for leaf in jax.tree.leaves(state.opt_state)])
+        state = state.replace(opt_state=jax.tree.unflatten(jax.tree.structure(state.opt_state), moments))
+        _, metrics = step(state, batch, put_stop(False, program.stop))
+        assert bool(metrics["finite"]) == (name == "nothing")
 
 
 def test_custom_loss():

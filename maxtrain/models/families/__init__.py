@@ -3,7 +3,7 @@
 A new family is a file with `FAMILIES` and its name in `MODULES`; a new size of a known family needs nothing here.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from maxtrain.config import schema
@@ -24,6 +24,7 @@ from maxtrain.models.families import (
     qwen,
     qwen_moe,
     smollm3,
+    wrapper,
 )
 from maxtrain.models.families.family import Family
 from maxtrain.models.families.tensors import Form, Row
@@ -46,7 +47,7 @@ MODULES = (
 )
 FAMILIES: Mapping[str, Family] = {family.model_type: family for module in MODULES for family in module.FAMILIES}
 
-__all__ = ["FAMILIES", "Family", "Form", "Row", "choose", "of_config", "of_model"]
+__all__ = ["FAMILIES", "Family", "Form", "Row", "choose", "of_config", "of_model", "read"]
 
 
 def of_config(config: Mapping[str, Any], place: str = "config.json") -> Family:
@@ -60,6 +61,39 @@ def of_config(config: Mapping[str, Any], place: str = "config.json") -> Family:
         near = did_you_mean(name, list(FAMILIES)) if isinstance(name, str) else ""
         raise Refused(f"{place}: model_type = {name!r} is not supported{near}: allowed are {', '.join(sorted(FAMILIES))}")
     return FAMILIES[name]
+
+
+def read(config: Mapping[str, Any], place: str = "config.json", ignore: Collection[str] = ()) -> tuple[Family, schema.Model]:
+    """Family and section `model` of a config.json, in a wrapper those of its language model.
+
+    Args:
+        config: all of it.
+        place: what messages call the file.
+        ignore: fields that are taken as absent, dotted within sections (`model.ignore_fields`).
+
+    Raises:
+        Refused: the family is not known, a field to ignore is not there, or what `Family.model` refuses.
+    """
+    section = wrapper.section_of(config)
+    inner = without(wrapper.language_model(config, place), ignore, place)
+    place = place if section is None else f"{place}: {section}"
+    family = of_config(inner, place)
+    return family, family.model(inner, place, ignore)
+
+
+def without(config: Mapping[str, Any], ignore: Collection[str], place: str) -> dict[str, Any]:
+    """The config without some of its fields; `Refused` for one that it does not have."""
+    found = dict(config)
+    for path in ignore:
+        *sections, name = [path] if path in found else path.split(".")
+        part = found
+        for section in sections:
+            part[section] = dict(part[section]) if isinstance(part.get(section), Mapping) else {}
+            part = part[section]
+        if name not in part:
+            raise Refused(f"{place}: it has no field {path}, which model.ignore_fields names{did_you_mean(name, list(part))}")
+        del part[name]
+    return found
 
 
 def of_model(model: schema.Model, name: str | None = None) -> tuple[Family, dict[str, Any]]:

@@ -20,7 +20,7 @@ def _keys(fields: Fields) -> dict[str, Any]:
         "rope": rope.read(fields, 5e5 if fields.values["model_type"] == "cohere" else 1e4).model_copy(update={"interleaved": True}),
         "norm": "layer",
         "norm_placement": "parallel",
-        "logit_multiplier": float(fields.get("logit_scale", 0.0625)),
+        "logit_multiplier": fields.get("logit_scale", 0.0625),
         "qkv_bias": bias,
         "out_bias": bias,
     }
@@ -31,9 +31,9 @@ def _read(fields: Fields) -> schema.Model:
 
 
 def _read2(fields: Fields) -> schema.Model:
-    window = fields.get("sliding_window", 4096)
+    window = fields.nullable("sliding_window", 4096)
     slots = {pattern.FULL: schema.Slot(rotary=False), pattern.SLIDING: schema.Slot(window=window)}
-    period = fields.get("sliding_window_pattern", fields.get("_sliding_window_pattern", 4))
+    period = pattern.period(fields, 4)
     return schema.Model(**_keys(fields), **pattern.grouped(pattern.layer_types(fields, period), slots))
 
 

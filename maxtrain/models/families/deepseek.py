@@ -7,7 +7,7 @@ from maxtrain.config import schema
 from maxtrain.config.errors import Refused
 from maxtrain.models.families import pattern, rope
 from maxtrain.models.families.family import Family, base, base_config
-from maxtrain.models.families.fields import Fields
+from maxtrain.models.families.fields import MAX_EXPERTS, MAX_LAYERS, Fields
 from maxtrain.models.families.rows import decoder, experts, gated
 from maxtrain.models.families.tensors import Row, linear, same
 
@@ -52,10 +52,10 @@ def feed_forward(model: schema.Model, slot: schema.Slot, ours: str, theirs: str)
 
 def sigmoid_moe(fields: Fields, **defaults: Any) -> schema.Moe:
     """The router of DeepSeek-V3: sigmoid scores, the best groups by their two best experts, a bias that balances the choice."""
-    names = ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts", "n_group", "topk_group")
-    count, chosen, mlp, shared, groups, open_groups = (fields.get(name, defaults.get(name)) for name in names)
+    names = ("num_experts_per_tok", "moe_intermediate_size", "n_shared_experts", "n_group", "topk_group")
+    chosen, mlp, shared, groups, open_groups = (fields.get(name, defaults[name]) for name in names)
     return schema.Moe(
-        num_experts=count,
+        num_experts=fields.get("n_routed_experts", defaults["n_routed_experts"], most=MAX_EXPERTS),
         experts_per_token=chosen,
         mlp=mlp,
         routing="sigmoid",
@@ -76,23 +76,22 @@ def _softmax_moe(fields: Fields) -> schema.Moe:
     groups = (fields.get("n_group", 1), fields.get("topk_group", 1)) if method == "group_limited_greedy" else (1, 1)
     mlp = fields.get("moe_intermediate_size", 1407)
     return schema.Moe(
-        num_experts=fields.get("n_routed_experts", 64),
+        num_experts=fields.get("n_routed_experts", 64, most=MAX_EXPERTS),
         experts_per_token=fields.need("num_experts_per_tok"),
         mlp=mlp,
         norm_topk=False,
         routed_scale=fields.get("routed_scaling_factor", 1.0),
         num_groups=groups[0],
         groups_per_token=groups[1],
-        shared_mlp=fields.get("n_shared_experts", 2) * mlp,
+        shared_mlp=fields.get("n_shared_experts", 2) * mlp or None,
         aux_loss=fields.get("aux_loss_alpha", 0.001),
     )
 
 
 def mla(fields: Fields, q_rank: int = 1536, nope_dim: int = 128, value_dim: int = 128) -> schema.Mla:
     """The section `model.mla`; a null `q_lora_rank` is a value: no latent vector of the queries."""
-    absent = "q_lora_rank" not in fields.values
     return schema.Mla(
-        q_rank=q_rank if absent else fields.get("q_lora_rank"),
+        q_rank=fields.nullable("q_lora_rank", q_rank),
         kv_rank=fields.get("kv_lora_rank", 512),
         nope_dim=fields.get("qk_nope_head_dim", nope_dim),
         rope_dim=fields.get("qk_rope_head_dim", 64),
@@ -103,7 +102,7 @@ def mla(fields: Fields, q_rank: int = 1536, nope_dim: int = 128, value_dim: int 
 def leading_dense(fields: Fields, default: int) -> list[str]:
     """The feed-forward of each layer: dense in the first `first_k_dense_replace`."""
     first = fields.get("first_k_dense_replace", default)
-    return ["dense" if index < first else "moe" for index in range(fields.need("num_hidden_layers"))]
+    return ["dense" if index < first else "moe" for index in range(fields.num_layers())]
 
 
 def layers(kinds: list[str], moe: schema.Moe) -> dict[str, Any]:
@@ -114,7 +113,7 @@ def layers(kinds: list[str], moe: schema.Moe) -> dict[str, Any]:
 
 def mtp(fields: Fields, kinds: list[str], default: int) -> schema.Mtp | None:
     """The section `model.mtp` of a model with layers of these kinds."""
-    count = fields.get("num_nextn_predict_layers", default)
+    count = fields.get("num_nextn_predict_layers", default, most=MAX_LAYERS)
     if count and kinds[-1] != "moe":
         raise Refused(f"{fields.place}: num_nextn_predict_layers = {count}: the last layer must have experts, as they do")
     return schema.Mtp(num_layers=count) if count else None
@@ -131,7 +130,7 @@ def latent_model(
         raise Refused(f"{fields.place}: num_key_value_heads = {kv_heads!r}: latent attention has as many as num_attention_heads = {heads}")
     scaling = rotary.scaling
     for section in filter(None, (fields.section("rope_parameters"), fields.section("rope_scaling"))):
-        if section.get("mscale_all_dim") and (scaling is None or scaling.mscale_all_dim is None):
+        if section.optional("mscale_all_dim", float) and (scaling is None or scaling.mscale_all_dim is None):
             raise Refused(f"{section.place}: mscale_all_dim is only supported together with yarn's mscale, without an attention_factor")
     biased = fields.get("attention_bias", False)
     return {**shared, **layers(kinds, moe), "mla": mla, "rope": rotary, "qkv_bias": biased, "out_bias": biased}

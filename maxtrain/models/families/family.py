@@ -1,6 +1,6 @@
 """A family of models as data: how its config.json and its tensors correspond to `schema.Model` and our parameters."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ ACTIVATIONS = {
     "gelu": "gelu",
 }  # hidden_act -> model.activation
 # Of the section `model`, what is not the model's function: how it is run, initialised or balanced in training
-NOT_FUNCTION = {"layers", "init_scale", "init_from"}
+NOT_FUNCTION = {"layers", "init_scale", "init_from", "ignore_fields"}
 NOT_FUNCTION_MOE = {"dispatch", "capacity_factor", "aux_loss", "router_z_loss", "balance_rate"}
 
 
@@ -44,8 +44,8 @@ class Family:
     surplus: tuple[str, ...] = ()
     """Patterns (regular expressions) of tensors in published files that hold no parameters: saved buffers, copies of tied weights."""
 
-    def model(self, config: Mapping[str, Any], place: str = "config.json") -> schema.Model:
-        """The section `model` of a config.json; `place` is what messages call the file.
+    def model(self, config: Mapping[str, Any], place: str = "config.json", removed: Collection[str] = ()) -> schema.Model:
+        """The section `model` of a config.json; `place` is what messages call the file, `removed` names fields taken out of it before.
 
         Raises:
             Refused: a field that is missing, has a value that is not supported, or is not known.
@@ -56,7 +56,11 @@ class Family:
         except ValidationError as error:
             lines = [f"{place}: model.{'.'.join(map(str, e['loc']))}: {e['msg']} (found {e['input']!r:.80})" for e in error.errors()]
             raise Refused("\n".join(lines)) from None
-        fields.finish(self.ignored, self.fixed)
+        except Refused:
+            raise
+        except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:  # values that a reader did not expect
+            raise Refused(f"{place}: its fields do not describe a {self.model_type} ({type(error).__name__}: {error})") from None
+        fields.finish(self.ignored, self.fixed, removed)
         return model
 
     def config(self, model: schema.Model) -> dict[str, Any]:
@@ -93,15 +97,15 @@ def base(fields: Fields, *, eps: float = 1e-6, max_length: int = 2048, tied: boo
 
     Where the number of key and value heads is null, or absent without a default `kv_heads`, there are as many as query heads.
     """
-    heads = fields.need("num_attention_heads")
+    heads = fields.need("num_attention_heads", least=1)
     default = heads if "num_key_value_heads" in fields.values else kv_heads or heads
     return {
         "vocab_size": fields.need("vocab_size"),
         "embed": fields.need("hidden_size"),
-        "num_layers": fields.need("num_hidden_layers"),
+        "num_layers": fields.num_layers(),
         "num_heads": heads,
         "num_kv_heads": fields.get("num_key_value_heads", default),
-        "head_dim": fields.get("head_dim"),
+        "head_dim": fields.optional("head_dim", int),
         "max_length": fields.get("max_position_embeddings", max_length),
         "norm_eps": fields.get("rms_norm_eps", eps),
         "activation": fields.one_of("hidden_act", ACTIVATIONS, "silu"),

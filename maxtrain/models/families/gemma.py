@@ -25,26 +25,31 @@ def _shared(fields: Fields, activation: str, kv_heads: int) -> dict[str, Any]:
         "mlp": fields.need("intermediate_size"),
         "activation": fields.one_of(activation, ACTIVATIONS, "gelu_pytorch_tanh"),
         "norm": "rms_one_plus",
-        "embedding_multiplier": float(fields.need("hidden_size")) ** 0.5,
+        "embedding_multiplier": fields.need("hidden_size") ** 0.5,
     }
 
 
 def _read(fields: Fields) -> schema.Model:
-    return schema.Model(**_shared(fields, "hidden_act", 16), rope=rope.read(fields))
+    keys = _shared(fields, "hidden_act", 16)
+    if keys["activation"] == "gelu":  # as published: the class takes it for the form the models were trained with
+        keys["activation"] = "gelu_tanh"
+    return schema.Model(**keys, rope=rope.read(fields))
 
 
 def _later(fields: Fields, softcaps: tuple[float, float] | tuple[None, None] = (None, None)) -> dict[str, Any]:
     """What came with Gemma 2: norms on both sides, a scale and softcaps, which are these where absent and none where null."""
-    fields.get("hidden_act")
     names = ("attn_logit_softcapping", "final_logit_softcapping")
-    caps = [fields.get(name, None if name in fields.values else default) for name, default in zip(names, softcaps, strict=True)]
-    scale = float(fields.get("query_pre_attn_scalar", 256)) ** -0.5
+    caps = [
+        fields.optional(name, float) if default is None else fields.nullable(name, default)
+        for name, default in zip(names, softcaps, strict=True)
+    ]
+    scale = fields.get("query_pre_attn_scalar", 256.0, least=1e-9) ** -0.5
     found = {"attention_softcap": caps[0], "final_softcap": caps[1], "norm_placement": "sandwich", "attention_scale": scale}
     return {**_shared(fields, "hidden_activation", 4), **found}
 
 
 def _read2(fields: Fields) -> schema.Model:
-    slots = {pattern.FULL: schema.Slot(), pattern.SLIDING: schema.Slot(window=fields.get("sliding_window", 4096))}
+    slots = {pattern.FULL: schema.Slot(), pattern.SLIDING: schema.Slot(window=fields.nullable("sliding_window", 4096))}
     return schema.Model(**_later(fields, (50.0, 30.0)), **pattern.grouped(pattern.layer_types(fields, 2), slots), rope=rope.read(fields))
 
 
@@ -54,8 +59,8 @@ def _read3(fields: Fields) -> schema.Model:
         local = rope.read(fields, 1e4, pattern.SLIDING)
     else:
         local = schema.Rope(theta=fields.get("rope_local_base_freq", 1e4))
-    slots = {pattern.FULL: schema.Slot(), pattern.SLIDING: schema.Slot(window=fields.get("sliding_window", 4096), rope=local)}
-    period = fields.get("sliding_window_pattern", fields.get("_sliding_window_pattern", 6))
+    slots = {pattern.FULL: schema.Slot(), pattern.SLIDING: schema.Slot(window=fields.nullable("sliding_window", 4096), rope=local)}
+    period = pattern.period(fields, 6)
     layers = pattern.grouped(pattern.layer_types(fields, period), slots)
     return schema.Model(**keys, **layers, rope=rope.read(fields, 1e6, pattern.FULL))
 
@@ -83,7 +88,7 @@ def _write3(model: schema.Model) -> dict[str, Any]:
 
 
 FIXED = {"attention_bias": False, "use_bidirectional_attention": False}
-IGNORED = frozenset({"cache_implementation", "hidden_activation"})
+IGNORED = frozenset({"hidden_act", "hidden_activation"})  # which of the two is read depends on the version
 FAMILIES = (
     Family("gemma", "GemmaForCausalLM", _read, _write, decoder(), ignored=IGNORED, fixed=FIXED),
     Family("gemma2", "Gemma2ForCausalLM", _read2, _write2, decoder(SANDWICH), ignored=IGNORED, fixed=FIXED),

@@ -36,8 +36,8 @@ def _read(fields: Fields) -> schema.Model:
 
 
 def _read_lite(fields: Fields) -> schema.Model:
-    count = fields.need("num_hidden_layers")
-    types = fields.get("mlp_layer_types", ["sparse" if index else "dense" for index in range(count)])
+    count, found = fields.num_layers(), fields.listing("mlp_layer_types", str)
+    types = ["sparse" if index else "dense" for index in range(count)] if found is None else found
     if len(types) != count or not set(types) <= set(KINDS):
         raise Refused(f"{fields.place}: mlp_layer_types = {types!r}: {' or '.join(KINDS)} is expected for each of the {count} layers")
     rotary = rope.read(fields, fraction=1.0).model_copy(update={"interleaved": fields.get("rope_interleave", True)})

@@ -6,7 +6,7 @@ from typing import Any
 from maxtrain.config import schema
 from maxtrain.models.families import pattern, rope
 from maxtrain.models.families.family import Family, base, base_config
-from maxtrain.models.families.fields import Fields
+from maxtrain.models.families.fields import MAX_EXPERTS, Fields
 from maxtrain.models.families.rows import decoder
 from maxtrain.models.families.tensors import ALTERNATING, Form, Row, linear, same
 
@@ -26,7 +26,7 @@ def _experts(model: schema.Model, slot: schema.Slot, ours: str, theirs: str) -> 
 
 def _read(fields: Fields) -> schema.Model:
     moe = schema.Moe(
-        num_experts=fields.get("num_local_experts", fields.get("num_experts", 128)),
+        num_experts=fields.get("num_local_experts", fields.get("num_experts", 128, most=MAX_EXPERTS), most=MAX_EXPERTS),
         experts_per_token=fields.get("num_experts_per_tok", 4),
         mlp=fields.get("intermediate_size", 2880),
         routing="softmax",
@@ -36,8 +36,8 @@ def _read(fields: Fields) -> schema.Model:
         aux_loss=fields.get("router_aux_loss_coef", 0.001),
     )
     shared, biased = base(fields, eps=1e-5, max_length=131072, kv_heads=8), fields.get("attention_bias", True)
-    window, rotary = fields.get("sliding_window", 128), rope.read(fields, 150000.0)
-    if not fields.get("rope_parameters") and not fields.get("rope_scaling"):
+    window, rotary = fields.nullable("sliding_window", 128), rope.read(fields, 150000.0)
+    if fields.section("rope_parameters") is None and fields.section("rope_scaling") is None:
         scaling = schema.RopeScaling(kind="yarn", factor=32.0, original_length=4096, truncate=False)
         rotary = rotary.model_copy(update={"scaling": scaling})
     types = pattern.layer_types(fields, 2)

@@ -18,10 +18,10 @@ def _read(fields: Fields) -> schema.Model:
         qkv_bias=bias,
         out_bias=bias,
         mlp_bias=fields.get("mlp_bias", False),
-        embedding_multiplier=float(fields.get("embedding_multiplier", 1.0)),
-        residual_multiplier=float(fields.get("residual_multiplier", 1.0)),
-        attention_scale=float(fields.get("attention_multiplier", 1.0)),
-        logit_multiplier=1.0 / fields.get("logits_scaling", 1.0),
+        embedding_multiplier=fields.get("embedding_multiplier", 1.0),
+        residual_multiplier=fields.get("residual_multiplier", 1.0),
+        attention_scale=fields.get("attention_multiplier", 1.0),
+        logit_multiplier=1.0 / fields.get("logits_scaling", 1.0, least=1e-9),
     )
 
 

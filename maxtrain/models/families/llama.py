@@ -20,9 +20,7 @@ def _write(model: schema.Model) -> dict[str, Any]:
 
 
 def _read_mistral(fields: Fields) -> schema.Model:
-    window = fields.values.get("sliding_window", 4096)  # null means none, absent means the default of the class
-    fields.get("sliding_window")
-    slots = {"layer": schema.Slot(window=window)}
+    slots = {"layer": schema.Slot(window=fields.nullable("sliding_window", 4096))}
     return schema.Model(
         **base(fields, max_length=131072, kv_heads=8), mlp=fields.need("intermediate_size"), rope=rope.read(fields), slots=slots
     )

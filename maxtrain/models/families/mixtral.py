@@ -6,7 +6,7 @@ from typing import Any
 from maxtrain.config import schema
 from maxtrain.models.families import rope
 from maxtrain.models.families.family import Family, base, base_config
-from maxtrain.models.families.fields import Fields
+from maxtrain.models.families.fields import MAX_EXPERTS, Fields
 from maxtrain.models.families.rows import decoder, experts
 from maxtrain.models.families.tensors import Row, linear
 
@@ -19,14 +19,14 @@ def _experts(model: schema.Model, slot: schema.Slot, ours: str, theirs: str) -> 
 
 def _read(fields: Fields) -> schema.Model:
     moe = schema.Moe(
-        num_experts=fields.get("num_local_experts", 8),
+        num_experts=fields.get("num_local_experts", 8, most=MAX_EXPERTS),
         experts_per_token=fields.get("num_experts_per_tok", 2),
         mlp=fields.need("intermediate_size"),
         routing="softmax",
         norm_topk=True,
         aux_loss=fields.get("router_aux_loss_coef", 0.001),
     )
-    slots = {"layer": schema.Slot(feed_forward="moe", window=fields.get("sliding_window"))}
+    slots = {"layer": schema.Slot(feed_forward="moe", window=fields.optional("sliding_window", int))}
     return schema.Model(**base(fields, eps=1e-5, max_length=131072, kv_heads=8), rope=rope.read(fields, 1e6), moe=moe, slots=slots)
 
 
@@ -50,7 +50,7 @@ FAMILIES = (
         _read,
         _write,
         decoder(feed_forward=_experts),
-        ignored=frozenset({"output_router_logits"}),
-        fixed={"router_jitter_noise": 0.0},
+        ignored=frozenset({"output_router_logits", "pretraining_tp"}),
+        fixed={"moe_frequency": 1},
     ),
 )

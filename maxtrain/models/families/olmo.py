@@ -26,7 +26,7 @@ def _read3(fields: Fields) -> schema.Model:
     full = rope.read(fields, 5e5, pattern.FULL)
     nested = isinstance(fields.values.get("rope_parameters"), Mapping)
     local = rope.read(fields, 5e5, pattern.SLIDING) if nested else full.model_copy(update={"scaling": None})
-    slots = {pattern.FULL: schema.Slot(), pattern.SLIDING: schema.Slot(window=fields.get("sliding_window", 4096), rope=local)}
+    slots = {pattern.FULL: schema.Slot(), pattern.SLIDING: schema.Slot(window=fields.nullable("sliding_window", 4096), rope=local)}
     return schema.Model(**_shared(fields), **pattern.grouped(pattern.layer_types(fields, 4), slots), rope=full)
 
 

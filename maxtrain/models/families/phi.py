@@ -13,7 +13,7 @@ KINDS = {"default": rope.SCALINGS["default"]} | dict.fromkeys(("longrope", "su",
 
 
 def _read(fields: Fields) -> schema.Model:
-    slots = {"layer": schema.Slot(window=fields.get("sliding_window"))}
+    slots = {"layer": schema.Slot(window=fields.optional("sliding_window", int))}
     keys, rotary = base(fields, eps=1e-5, max_length=4096), rope.read(fields, fraction=1.0, kinds=KINDS)
     return schema.Model(**keys, mlp=fields.need("intermediate_size"), rope=rotary, slots=slots)
 

@@ -10,8 +10,8 @@ from maxtrain.models.families.rows import decoder
 
 
 def _layers(fields: Fields) -> dict[str, Any]:
-    count, first = fields.need("num_hidden_layers"), fields.get("max_window_layers", 28)
-    window = fields.get("sliding_window", 4096)
+    count, first = fields.num_layers(), fields.get("max_window_layers", 28)
+    window = fields.nullable("sliding_window", 4096)
     window = window if fields.get("use_sliding_window", False) else None
     default = [pattern.SLIDING if window and index >= first else pattern.FULL for index in range(count)]
     return pattern.grouped(pattern.listed(fields, default), {pattern.FULL: schema.Slot(), pattern.SLIDING: schema.Slot(window=window)})
@@ -48,6 +48,6 @@ def _write(model: schema.Model) -> dict[str, Any]:
 
 
 FAMILIES = (
-    Family("qwen2", "Qwen2ForCausalLM", _read, _write, decoder(), ignored=frozenset({"use_mrope"})),
+    Family("qwen2", "Qwen2ForCausalLM", _read, _write, decoder(), ignored=frozenset({"use_mrope"}), fixed={"attention_bias": True}),
     Family("qwen3", "Qwen3ForCausalLM", _read3, lambda model: _write(model) | {"attention_bias": model.out_bias}, decoder()),
 )

@@ -6,7 +6,7 @@ from typing import Any
 from maxtrain.config import schema
 from maxtrain.models.families import pattern, rope
 from maxtrain.models.families.family import Family, base, base_config
-from maxtrain.models.families.fields import Fields
+from maxtrain.models.families.fields import MAX_EXPERTS, Fields
 from maxtrain.models.families.rows import decoder, experts, gated
 from maxtrain.models.families.tensors import Row, linear
 
@@ -30,7 +30,7 @@ def _feed_forward(model: schema.Model, slot: schema.Slot, ours: str, theirs: str
 def _moe(fields: Fields, count: int, chosen: int, mlp: int, aux_loss: float, **more: Any) -> schema.Moe:
     """The router and its experts, with a family's defaults."""
     return schema.Moe(
-        num_experts=fields.get("num_experts", fields.get("num_local_experts", count)),
+        num_experts=fields.get("num_experts", fields.get("num_local_experts", count, most=MAX_EXPERTS), most=MAX_EXPERTS),
         experts_per_token=fields.get("num_experts_per_tok", chosen),
         mlp=mlp,
         routing="softmax",
@@ -42,7 +42,7 @@ def _moe(fields: Fields, count: int, chosen: int, mlp: int, aux_loss: float, **m
 
 def _layers(fields: Fields, moe: schema.Moe, windows: list[int | None]) -> dict[str, Any]:
     """The layers' kinds: experts in every `decoder_sparse_step`-th of those that are not named as dense, and each one's window."""
-    step, only = fields.get("decoder_sparse_step", 1), fields.get("mlp_only_layers", [])
+    step, only = fields.get("decoder_sparse_step", 1, least=1), fields.listing("mlp_only_layers", int) or []
     slots = [
         schema.Slot(feed_forward="dense" if index in only or (index + 1) % step else "moe", window=window)
         for index, window in enumerate(windows)
@@ -53,14 +53,14 @@ def _layers(fields: Fields, moe: schema.Moe, windows: list[int | None]) -> dict[
 
 
 def _window(fields: Fields) -> int | None:
-    window = fields.get("sliding_window", 4096)
+    window = fields.nullable("sliding_window", 4096)
     return window if fields.get("use_sliding_window", False) else None
 
 
 def _read2(fields: Fields) -> schema.Model:
     shared, window = base(fields, max_length=32768, kv_heads=16), _window(fields)
     width, below = fields.get("shared_expert_intermediate_size", 5632), fields.get("max_window_layers", 28)
-    moe = _moe(fields, 60, 4, fields.get("moe_intermediate_size", 1408), 0.001, shared_mlp=width, shared_gate=True)
+    moe = _moe(fields, 60, 4, fields.get("moe_intermediate_size", 1408), 0.001, shared_mlp=width or None, shared_gate=width > 0)
     default = [pattern.SLIDING if window and index < below and not index % 2 else pattern.FULL for index in range(shared["num_layers"])]
     windows = {pattern.FULL: None, pattern.SLIDING: window}
     layers = _layers(fields, moe, [windows[kind] for kind in pattern.listed(fields, default)])

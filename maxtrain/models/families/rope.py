@@ -18,9 +18,9 @@ class Scaling(NamedTuple):
 def _read_llama3(rope: Fields, config: Fields) -> schema.RopeScaling:
     return schema.RopeScaling(
         kind="llama3",
-        factor=rope.need("factor"),
-        low_freq_factor=rope.need("low_freq_factor"),
-        high_freq_factor=rope.need("high_freq_factor"),
+        factor=rope.need("factor", float),
+        low_freq_factor=rope.need("low_freq_factor", float),
+        high_freq_factor=rope.need("high_freq_factor", float),
         original_length=rope.need("original_max_position_embeddings"),
     )
 
@@ -35,17 +35,24 @@ def _write_llama3(scaling: schema.RopeScaling) -> dict[str, Any]:
     }
 
 
-YARN = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")  # optional, and called alike
+YARN = {  # optional, and called alike
+    "beta_fast": float,
+    "beta_slow": float,
+    "attention_factor": float,
+    "mscale": float,
+    "mscale_all_dim": float,
+    "truncate": bool,
+}
 
 
 def _read_yarn(rope: Fields, config: Fields) -> schema.RopeScaling:
-    optional = {name: rope.get(name) for name in YARN}
+    optional = {name: rope.optional(name, kind) for name, kind in YARN.items()}
     if optional["attention_factor"] is not None or not (optional["mscale"] and optional["mscale_all_dim"]):
         optional |= {"mscale": None, "mscale_all_dim": None}  # of no effect alone or beside an explicit factor
     return schema.RopeScaling(
         kind="yarn",
-        factor=rope.need("factor"),
-        original_length=rope.get("original_max_position_embeddings") or config.need("max_position_embeddings"),
+        factor=rope.need("factor", float),
+        original_length=rope.optional("original_max_position_embeddings", int) or config.need("max_position_embeddings"),
         **{name: value for name, value in optional.items() if value is not None},
     )
 
@@ -62,15 +69,15 @@ def _write_yarn(scaling: schema.RopeScaling) -> dict[str, Any]:
 
 def read_longrope(rope: Fields, config: Fields, default: int | None = None) -> schema.RopeScaling:
     """LongRoPE, whose original length may be named beside its section, which counts; `default` is a family's."""
-    inner, length = rope.get("original_max_position_embeddings"), config.need("max_position_embeddings")
-    original = config.get("original_max_position_embeddings", default) or inner or length
+    inner, length = rope.optional("original_max_position_embeddings", int), config.need("max_position_embeddings", least=1)
+    original = config.optional("original_max_position_embeddings", int) or default or inner or length
     return schema.RopeScaling(
         kind="longrope",
         factor=rope.get("factor", length / original),
         original_length=original,
-        attention_factor=rope.get("attention_factor"),
-        short_factors=tuple(rope.need("short_factor")),
-        long_factors=tuple(rope.need("long_factor")),
+        attention_factor=rope.optional("attention_factor", float),
+        short_factors=tuple(rope.listing("short_factor", float) or ()),
+        long_factors=tuple(rope.listing("long_factor", float) or ()),
     )
 
 
@@ -86,12 +93,24 @@ def _write_longrope(scaling: schema.RopeScaling) -> dict[str, Any]:
     }
 
 
+def _read_dynamic(rope: Fields, config: Fields) -> schema.RopeScaling:
+    length = config.need("max_position_embeddings", least=1)
+    if rope.get("original_max_position_embeddings", length) != length:
+        raise Refused(f"{rope.place}: original_max_position_embeddings is of no effect in dynamic: only {length} (max_position_embeddings)")
+    return schema.RopeScaling(kind="dynamic", factor=rope.need("factor", float, least=1), original_length=length)
+
+
+def _write_dynamic(scaling: schema.RopeScaling) -> dict[str, Any]:
+    return {"rope_type": "dynamic", "factor": scaling.factor}
+
+
 SCALINGS: Mapping[str, Scaling] = {
     "default": Scaling(lambda rope, config: None, lambda scaling: {"rope_type": "default"}),
     "linear": Scaling(
-        lambda rope, config: schema.RopeScaling(kind="linear", factor=rope.need("factor")),
+        lambda rope, config: schema.RopeScaling(kind="linear", factor=rope.need("factor", float)),
         lambda scaling: {"rope_type": "linear", "factor": scaling.factor},
     ),
+    "dynamic": Scaling(_read_dynamic, _write_dynamic),
     "llama3": Scaling(_read_llama3, _write_llama3),
     "yarn": Scaling(_read_yarn, _write_yarn),
     "longrope": Scaling(read_longrope, _write_longrope),
@@ -127,14 +146,14 @@ def read(
         raise Refused(f"{config.place}: rope_theta and rope_parameters.rope_theta differ: remove one of them")
     scaling = today or before
     if fraction is not None:
-        fraction = float(config.get("partial_rotary_factor", fraction))
-        fraction = fraction if scaling is None else float(scaling.get("partial_rotary_factor", fraction))
+        fraction = config.get("partial_rotary_factor", fraction)
+        fraction = fraction if scaling is None else scaling.get("partial_rotary_factor", fraction)
     fraction = 1.0 if fraction is None else fraction
     if scaling is None:
         return schema.Rope(theta=outer, fraction=fraction)
     kind = "rope_type" if "rope_type" in scaling.values else "type"
     if kind == "rope_type":
-        scaling.get("type")  # older files repeat it under this name
+        scaling.optional("type", str)  # older files repeat it under this name
     found = scaling.one_of(kind, kinds, "default").read(scaling, config)
     return schema.Rope(theta=scaling.get("rope_theta", outer), fraction=fraction, scaling=found)
 

@@ -6,9 +6,10 @@ A part is a function of (model, slot, beginning of our names, beginning of their
 from collections.abc import Callable, Iterator, Mapping
 
 from maxtrain.config import schema
-from maxtrain.models.families.tensors import TRANSPOSED, Form, Row, fused, linear, per_expert, same, shared
+from maxtrain.models.families.tensors import TRANSPOSED, Form, Row, fused, linear, per_expert, same
 
 Part = Callable[[schema.Model, schema.Slot, str, str], Iterator[Row]]
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PRE_NORMS = {"attention_norm": "input_layernorm", "feed_forward_norm": "post_attention_layernorm"}
 
 
@@ -27,10 +28,13 @@ def layers(model: schema.Model) -> Iterator[tuple[str, schema.Slot]]:
 
 def ends(model: schema.Model) -> Iterator[Row]:
     """Embedding, last norm and head under the names that nearly all families use."""
-    yield shared("embedding", "model.embed_tokens.weight", *(f"{name}embed_tokens.weight" for name in predictors(model)))
+    copies, heads = ([f"{name}{end}.weight" for name in predictors(model)] for end in ("embed_tokens", "shared_head.head"))
+    if model.tie_embeddings:  # in some files the one matrix has the name of the head
+        yield same("embedding", EMBEDDING, HEAD, copies=copies + heads)
+    else:
+        yield same("embedding", EMBEDDING, copies=copies)
+        yield same("head", HEAD, copies=heads)
     yield same("norm/scale", "model.norm.weight")
-    if not model.tie_embeddings:
-        yield shared("head", "lm_head.weight", *(f"{name}shared_head.head.weight" for name in predictors(model)))
 
 
 def predictors(model: schema.Model) -> list[str]:

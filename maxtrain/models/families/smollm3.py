@@ -3,6 +3,7 @@
 from typing import Any
 
 from maxtrain.config import schema
+from maxtrain.config.errors import Refused
 from maxtrain.models.families import pattern, rope
 from maxtrain.models.families.family import Family, base, base_config
 from maxtrain.models.families.fields import Fields
@@ -10,8 +11,12 @@ from maxtrain.models.families.rows import decoder
 
 
 def _read(fields: Fields) -> schema.Model:
-    count, interval, bias = fields.need("num_hidden_layers"), fields.get("no_rope_layer_interval", 4), fields.get("attention_bias", False)
-    rotated = fields.get("no_rope_layers", [int((index + 1) % interval != 0) for index in range(count)])  # 1 where there is rope
+    count, bias = fields.num_layers(), fields.get("attention_bias", False)
+    interval, rotated = fields.get("no_rope_layer_interval", 4, least=1), fields.listing("no_rope_layers", int)  # 1 where there is rope
+    if rotated is None:
+        rotated = [int((index + 1) % interval != 0) for index in range(count)]
+    if len(rotated) != count:
+        raise Refused(f"{fields.place}: no_rope_layers has {len(rotated)} entries, one for each of {count} layers is expected")
     kinds = ["rotary" if there else "plain" for there in rotated]
     layers = pattern.grouped(kinds, {"rotary": schema.Slot(), "plain": schema.Slot(rotary=False)})
     keys = base(fields, max_length=32768, tied=True, kv_heads=4)

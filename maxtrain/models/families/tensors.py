@@ -38,10 +38,13 @@ class Row:
     ours: tuple[str, ...]
     """Names below the model, as of an unrolled one: `body/3/layers/0/attention/q`."""
     forms: tuple[Form, ...]
+    copies: tuple[str, ...] = ()
+    """Further tensors, equal to the single one of a form: written, and compared with it where they are there."""
 
     def shapes(self, form: Form, ours: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-        """Name and shape of the form's tensors, from the shapes of our parameters."""
-        return dict(zip(form.names, _saved_shapes(form.transform, tuple(ours[name] for name in self.ours)), strict=True))
+        """Name and shape of the form's tensors and of their copies, from the shapes of our parameters."""
+        found = dict(zip(form.names, _saved_shapes(form.transform, tuple(ours[name] for name in self.ours)), strict=True))
+        return found | dict.fromkeys(self.copies, found[form.names[0]])
 
 
 @functools.cache
@@ -110,21 +113,9 @@ def per_expert(num_experts: int) -> Transform:
     return Transform(load, save)
 
 
-def same(ours: str, *theirs: str) -> Row:
-    """One parameter, one tensor of the same shape; further names are other names of the same."""
-    return Row((ours,), tuple(Form((name,), SAME) for name in theirs))
-
-
-def shared(ours: str, theirs: str, *copies: str) -> Row:
-    """One parameter, published in several equal tensors, or in the first of them alone."""
-    alone = Form((theirs,), SAME)
-    return Row((ours,), (Form((theirs, *copies), copied(1 + len(copies))), alone) if copies else (alone,))
-
-
-@functools.cache
-def copied(count: int) -> Transform:
-    """One array, kept `count` times."""
-    return Transform(lambda arrays: arrays[:1], lambda arrays: [arrays[0]] * count)
+def same(ours: str, *theirs: str, copies: Sequence[str] = ()) -> Row:
+    """One parameter, one tensor of the same shape; further names are other names of the same, `copies` repeat it."""
+    return Row((ours,), tuple(Form((name,), SAME) for name in theirs), tuple(copies))
 
 
 def linear(ours: str, *theirs: str) -> Row:

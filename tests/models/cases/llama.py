@@ -23,6 +23,7 @@ CASES = {
         "tied": SIZES | {"tie_word_embeddings": True, "rms_norm_eps": 1e-5},
         "untied": SIZES | {"tie_word_embeddings": False, "num_key_value_heads": 6},
         "llama 3 rope": SIZES | {"rope_parameters": LLAMA3, "rms_norm_eps": 1e-5},
+        "dynamic rope": SIZES | {"rope_parameters": {"rope_type": "dynamic", "factor": 3.0}, "max_position_embeddings": 40},
         "biases": SIZES | {"attention_bias": True, "mlp_bias": True},
         "wide heads": SIZES | {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}},
     },

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from maxtrain.checkpoint.integrity import MANIFEST, damage, write_manifest
+from maxtrain.data.integrity import MANIFEST, damage, strangers, write_manifest
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_flipped_bit(folder: Path) -> None:
     flip(folder / "arrays/d/data", 9000, bit=5)
     (line,) = damage(folder)
     assert line.startswith("arrays/d/data has changed: expected 16384 bytes, sha256 ")
-    assert "; found 16384, " in line
+    assert "; found 16384 bytes, " in line
 
 
 @pytest.mark.parametrize("size", [0, 16383])
@@ -41,18 +41,18 @@ def test_truncated(folder: Path, size: int) -> None:
     path.write_bytes(path.read_bytes()[:size])
     (line,) = damage(folder)
     assert "expected 16384 bytes" in line
-    assert f"; found {size}, " in line
+    assert f"; found {size} bytes, " in line
 
 
-def test_missing_extra_and_unreadable_files_are_all_named(folder: Path) -> None:
+def test_missing_and_unreadable_files_and_strangers_are_all_named(folder: Path) -> None:
     (folder / "arrays/d/data").unlink()
     (folder / "record.json").unlink()
     (folder / "record.json").mkdir()
     (folder / "arrays/stray").write_text("")
-    missing, unreadable, extra = damage(folder)
+    missing, unreadable = damage(folder)
     assert missing == "arrays/d/data is missing"
     assert unreadable.startswith("record.json cannot be read: ")
-    assert extra == "arrays/stray is not in the manifest"
+    assert strangers(folder) == ["arrays/stray"]
 
 
 def test_deleted_manifest(folder: Path) -> None:
@@ -89,7 +89,7 @@ def test_a_failed_write_leaves_no_manifest(folder: Path, monkeypatch: pytest.Mon
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", fail)
+    monkeypatch.setattr(Path, "write_bytes", fail)
     with pytest.raises(OSError, match="No space"):
         write_manifest(folder)
     assert not (folder / MANIFEST).exists()

@@ -1,0 +1,67 @@
+"""Runs that an earlier version wrote (see fixtures/make_runs.py) go on opening, resuming, evaluating and exporting."""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from maxtrain import convert
+from maxtrain.config import load
+from maxtrain.parallel import mesh
+from maxtrain.training.loop import Trainer
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+spec = importlib.util.spec_from_file_location("make_runs", FIXTURES / "make_runs.py")
+make_runs = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(make_runs)
+EXPECTED = json.loads((make_runs.RUNS / "expected.json").read_text())
+LARGE = pytest.mark.slow
+TOLERANCE = 0 if EXPECTED["machine"] == make_runs.machine() else 1e-6  # bit for bit on the kind of machine that wrote them
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_device():
+    make_mesh = mesh.make_mesh
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mesh, "make_mesh", lambda cfg, devices=None: make_mesh(cfg, jax.devices()[:1]))
+        yield
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """Makes a copy of a run, at a place of which it knows nothing."""
+
+    def make(name):
+        shutil.copytree(make_runs.RUNS / name, tmp_path / "moved")
+        return tmp_path / "moved"
+
+    return make
+
+
+@pytest.mark.parametrize("name", ["dense", pytest.param("mixture", marks=LARGE)])
+def test_resumes(name, copy, cache_dir):
+    folder = copy(name)
+    Trainer(load(folder / "config.yml", [f"run.dir={folder}", f"data.cache_dir={cache_dir}"]).config).fit()
+    found, wanted = np.array(make_runs.rows(folder)), np.array(EXPECTED[name]["rows"])
+    assert found[:, 0].tolist() == list(range(1, 9))
+    np.testing.assert_allclose(found, wanted, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["dense", *(pytest.param(name, marks=LARGE) for name in ("mixture", "imported", "tuned"))])
+def test_evaluates(name, copy):
+    found, wanted = make_runs.scores(copy(name)), EXPECTED[name]["evaluation"]
+    for key in ("loss", "perplexity", "bits_per_byte"):
+        np.testing.assert_allclose(found[key], wanted[key], rtol=TOLERANCE)
+    assert {key: found[key] for key in ("step", "num_documents", "num_bytes")} == {
+        key: wanted[key] for key in ("step", "num_documents", "num_bytes")
+    }
+
+
+@pytest.mark.parametrize("name", ["dense", "mixture", "imported"])
+def test_exports(name, copy, tmp_path):
+    assert convert.main(["to-hf", str(copy(name)), str(tmp_path / "exported")]) == 0
+    assert make_runs.tensors(tmp_path / "exported") == EXPECTED[name]["tensors"]
