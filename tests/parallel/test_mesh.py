@@ -15,7 +15,7 @@ from maxtrain.parallel.sharding import Layout
 def test_processes_that_no_cluster_names_are_refused(monkeypatch):
     for name in ("SLURM_JOB_ID", "OMPI_MCA_orte_hnp_uri", "KUBERNETES_SERVICE_HOST"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(Refused, match="mesh.num_processes=auto: no cluster says who the processes are"):
+    with pytest.raises(Refused, match=r"mesh\.num_processes=auto: no cluster says who the processes are"):
         mesh.start(schema.Run(compile_cache=None), schema.Mesh(num_processes="auto"))
 
 

@@ -73,7 +73,9 @@ def traced(preset, *overrides):
     given += [] if any("mesh.fsdp" in word for word in overrides) else ["mesh.fsdp=1"]
     program = build(load(f"configs/models/{preset}.yml", [*given, *overrides]).config)
     with mock.patch.object(grouped_matmul, "BLOCK", TOKENS), sharding.use(program.layout):
-        return jax.make_jaxpr(make_train_step(program.config, program.loss_fn))(program.state, program.batch(8, 2 * TOKENS)).jaxpr
+        return jax.make_jaxpr(make_train_step(program.config, program.loss_fn))(
+            program.state, program.batch(8, 2 * TOKENS), program.stop
+        ).jaxpr
 
 
 @pytest.mark.parametrize("family", [name if name in SHORT else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES])

@@ -44,7 +44,7 @@ def test_float32_is_multiplied_as_float32_on_cuda(preset, compute, others, monke
         monkeypatch.setattr(module, "platform", lambda: "gpu")
     program = build(load(f"configs/models/{preset}.yml", [f"precision.compute={compute}", "mesh.fsdp=1", "data.length=64"]).config)
     with sharding.use(program.layout), linear.products_in(compute):
-        step = jax.jit(make_train_step(program.config, program.loss_fn)).trace(program.state, program.batch(8, 64))
+        step = jax.jit(make_train_step(program.config, program.loss_fn)).trace(program.state, program.batch(8, 64), program.stop)
     kinds = FLOAT32 | others if "gemma" not in preset or compute == "float32" else others
     assert formats(step.lower(lowering_platforms=("cuda",))) == kinds
 
