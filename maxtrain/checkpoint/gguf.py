@@ -112,7 +112,7 @@ class File:
                 raise
             raise Refused(f"{self.place}: its keys do not describe a {name} ({type(error).__name__}: {error})") from None
         self.family, self.model = families.read(self.config, self.place, ignore)
-        weights.check_count(self.model, len(self._tensors), self.place)
+        weights.check_counts(self.model, [tensor.shape for tensor in self._tensors.values()], self.place)
         self._names = self._find(self._library.get_tensor_name_map(self._kind(name), self.model.num_layers))
         whole = {at: tensor.shape for at, tensor in self._tensors.items()}
         known = {at for at, _ in self._names.values()} | {"rope_freqs.weight"}

@@ -65,6 +65,10 @@ class Quantisation(NamedTuple):
 
     endings: tuple[str, ...]
     """Added to the tensor's own name, first the ending of the tensor with the numbers."""
+    formats: tuple[Collection[str], Collection[str]]
+    """What the numbers and their factors may be kept as."""
+    num_dims: int
+    """Least dims of the numbers."""
     shape: Callable[[tuple[int, ...]], tuple[int, ...]]
     """Shape of the tensor from the shape of the one with the numbers."""
     scale_shape: Callable[[tuple[int, ...]], tuple[int, ...]]
@@ -72,9 +76,12 @@ class Quantisation(NamedTuple):
     dequantise: Callable[..., np.ndarray]
 
 
+FLOATS, FLOAT8 = ("float64", "float32", "bfloat16", "float16"), ("float8_e4m3fn", "float8_e5m2")
 QUANTISATIONS: Mapping[str, Quantisation] = {
-    "fp8": Quantisation(("", "_scale_inv"), lambda s: s, lambda s: tuple(math.ceil(n / 128) for n in s), _block_fp8),
-    "mxfp4": Quantisation(("_blocks", "_scales"), lambda s: (*s[:-3], 32 * s[-2], s[-3]), lambda s: s[:-1], _mxfp4),
+    "fp8": Quantisation(("", "_scale_inv"), (FLOAT8, FLOATS), 2, lambda s: s, lambda s: tuple(math.ceil(n / 128) for n in s), _block_fp8),
+    "mxfp4": Quantisation(
+        ("_blocks", "_scales"), (("uint8",), ("uint8",)), 4, lambda s: (*s[:-3], 32 * s[-2], s[-3]), lambda s: s[:-1], _mxfp4
+    ),
 }
 
 
@@ -120,7 +127,7 @@ class Folder:
         self._tell_other_weights()
         self.names: wrapper.Names | None = None  # of the language model's tensors in a wrapper
         self.others: dict[str, Tensor] = {}
-        weights.check_count(self.model, len(self._files), self.place)
+        weights.check_counts(self.model, [tensor.shape for tensor in self._files.values()], self.place)
         if wrapper.section_of(self.config) is not None:
             self._unwrap()
         if self.model.mtp and not any(name in self._files for name in _ahead(self.family, self.model)):
@@ -135,7 +142,7 @@ class Folder:
             **{name: tensor.shape for name, tensor in self._files.items()},
             **{name: found.shape(parts[0].shape) for name, (found, parts) in self._parts.items()},
         }
-        odd = [name for name, tensor in self._files.items() if tensor.dtype.name not in ("float64", "float32", "bfloat16", "float16")]
+        odd = [name for name, tensor in self._files.items() if tensor.dtype.name not in FLOATS]
         if odd:
             raise Refused(
                 f"{self.place}: {odd[0]} is of the format {self._files[odd[0]].dtype.name}, which its config.json does not explain"
@@ -196,6 +203,10 @@ class Folder:
             if name + main not in self._files:
                 raise Refused(f"{self.place}: {name + scale} is there without {name + main}")
             parts = [self._files.pop(name + ending) for ending in quantisation.endings]
+            odd = [part for part, kinds in zip(parts, quantisation.formats, strict=True) if part.dtype.name not in kinds]
+            if odd or len(parts[0].shape) < quantisation.num_dims:
+                told = ", ".join(f"{part.dtype.name} {list(part.shape)}" for part in parts)
+                raise Refused(f"{self.place}: {name} is quantised in another way than its config says: {told}")
             if parts[1].shape != quantisation.scale_shape(parts[0].shape):
                 raise Refused(f"{self.place}: {name + scale} is {list(parts[1].shape)}, which does not go with {list(parts[0].shape)}")
             self._parts[name] = quantisation, parts

@@ -3,7 +3,7 @@ tensor by tensor into their shards; and the same way out."""
 
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -46,10 +46,14 @@ def parameter_shapes(model: schema.Model) -> dict[str, tuple[int, ...]]:
     return {name: parameter.shape for name, parameter in parameter_table(described).items()}
 
 
-def check_count(model: schema.Model, count: int, place: str) -> None:
-    """Refuse a model that has more layers than `count` tensors could fill, before its parameters are written out one by one."""
-    if model.num_layers > count:
-        raise Refused(f"{place}: its config makes {model.num_layers:,} layers, and it has {count:,} tensors only: take both of one model")
+def check_counts(model: schema.Model, shapes: Collection[tuple[int, ...]], place: str) -> None:
+    """Refuse a model with more layers or experts than tensors of these shapes could hold, before they are written out one by one."""
+    layers = model.num_layers + (model.mtp.num_layers if model.mtp else 0)
+    if layers > len(shapes) + bool(model.mtp):  # the weights of one predictor may be absent
+        raise Refused(f"{place}: its config makes {layers:,} layers, and it has {len(shapes):,} tensors only: take both of one model")
+    experts = model.moe.num_experts if model.moe else None
+    if experts is not None and not any(experts in shape for shape in shapes):  # the router's at least
+        raise Refused(f"{place}: its config makes {experts:,} experts, and no tensor has as many rows: take both of one model")
 
 
 def check(weights: Weights) -> list[tuple[Row, Form]]:

@@ -147,9 +147,9 @@ class LLM:
         """What takes up a streamed request in the engine's thread, and adds it to `requests`; `put` is given all that is new of it."""
         params = self.config.serve.sampling if params is None else params
         ids, sent = self._encode_chat(prompt) if forms.is_conversation(prompt) else self._encode(prompt), [0, 0]
-        self.engine.check(ids, params)
-        if params.n > 1:
+        if isinstance(params, SamplingParams) and params.n > 1:
             raise Refused(f"n={params.n}: a stream is of one sample")
+        self.engine.check(ids, params)
 
         def listener(news: Request | BaseException) -> None:
             error = news if isinstance(news, BaseException) else news.error

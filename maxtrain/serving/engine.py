@@ -117,7 +117,7 @@ class Engine:
         )
         self._ids, self._arrivals = itertools.count(), itertools.count()
         self._seeds, self._flights = np.random.default_rng(self.serve.seed), deque[Flight]()
-        self._news: list[Request] = []  # of steps that were read, or failed, outside of `step`
+        self._news: list[Request] = []  # what `step` is to return
         self.failure: BaseException | None = None
         with self.programs.compiling():
             self.model = self._lay_out(model())
@@ -140,7 +140,7 @@ class Engine:
         model = self._lay_out(model)
         try:
             while self._flights:
-                self._news += self._read()
+                self._read()
         except BaseException as error:
             self._begin_anew(error)
         self.model = model
@@ -266,19 +266,18 @@ class Engine:
         A step that fails ends the requests that it computed, with what it raised as their `error`, and raises it; the next call
         returns them. The engine goes on with a cache that is empty, unless that fails too (`failure`).
         """
-        if self._news:
-            news, self._news = self._news, []
-            return news
-        try:
-            plan = self.scheduler.schedule()
-            if plan:
-                self._start(plan)
-            if self._flights and (not plan or not self.serve.overlap or len(self._flights) > 1):
-                return self._read()
-        except BaseException as error:
-            self._begin_anew(error)
-            raise
-        return []
+        if not self._news:
+            try:
+                plan = self.scheduler.schedule()
+                if plan:
+                    self._start(plan)
+                if self._flights and (not plan or not self.serve.overlap or len(self._flights) > 1):
+                    self._read()
+            except BaseException as error:
+                self._begin_anew(error)
+                raise
+        news, self._news = self._news, []
+        return news
 
     def _start(self, plan: Sequence[Chunk]) -> None:
         for chunk in plan:
@@ -319,7 +318,7 @@ class Engine:
         progress.marks = marks
         counts = np.bincount(request.tokens[len(request.prompt) :], minlength=self.vocab_size).astype(np.int32)
         counts[list(set(request.prompt))] |= PROMPT
-        counts[list(progress.ends)] |= STOP
+        counts[[token for token in progress.ends if token < self.vocab_size]] |= STOP
         bias = np.zeros(self.vocab_size, np.float32)
         if params.allowed_token_ids is not None:
             bias[:] = -np.inf
@@ -346,11 +345,11 @@ class Engine:
 
     # --------------------------------------------------------------------------------------------- a step in
 
-    def _read(self) -> list[Request]:
-        """Wait for the oldest step under way and take its tokens."""
+    def _read(self) -> None:
+        """Wait for the oldest step under way and take its tokens; its requests are news."""
         flight = self._flights.popleft()
         drawn, scored, guesses = jax.device_get(flight.outputs)
-        now, news = time.perf_counter(), []
+        now = time.perf_counter()
         for chunk, place in zip(flight.chunks, flight.places, strict=True):
             request = chunk.request
             request.pending -= chunk.samples
@@ -360,9 +359,8 @@ class Engine:
                 self._take_scores(chunk, place, scored)
             if chunk.samples:
                 output = place if chunk.in_rows else flight.num_rows + place + (chunk.count - 1) // self.serve.block
+                self._news.append(request)
                 self._take_tokens(chunk, output, drawn, guesses, now)
-                news.append(request)
-        return news
 
     def _take_scores(self, chunk: Chunk, block: int, scored: Any) -> None:
         request, progress = chunk.request, chunk.request.data

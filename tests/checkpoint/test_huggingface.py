@@ -192,6 +192,19 @@ def test_quantised_folder(tmp_path):
     np.testing.assert_array_equal(arrays_of(tmp_path / "m", MODEL)["body/0/layers/0/feed_forward/up"], want.T)
 
 
+@pytest.mark.parametrize("kind", [np.float32, np.uint8])
+def test_quantised_parts_of_another_form(kind, tmp_path):
+    """Blocks of too few dims, numbers of another format."""
+    make_folder(tmp_path / "m")
+    rewrite(tmp_path / "m", lambda tensors: tensors.update({f"x_{part}": np.zeros(4, np.float32) for part in ("blocks", "scales")}))
+    if kind is np.uint8:
+        few = {"dtype": "U8", "shape": [16]}
+        edit_header(tmp_path / "m" / huggingface.SINGLE, lambda found: [found[f"x_{part}"].update(few) for part in ("blocks", "scales")])
+    edit_json(tmp_path / "m" / "config.json", lambda config: config.update(quantization_config={"quant_method": "mxfp4"}))
+    with pytest.raises(Refused, match="x is quantised in another way"):
+        huggingface.Folder(tmp_path / "m")
+
+
 OSS = schema.Model(
     vocab_size=97,
     embed=64,
@@ -383,6 +396,7 @@ HOSTILE = {
         lambda f: edit_json(f / "config.json", lambda c: c.update(num_hidden_layers=-3)),
         ["num_hidden_layers"],
     ),
+    "a config of many layers": (lambda f: edit_json(f / "config.json", lambda c: c.update(num_hidden_layers=900)), ["900 layers"]),
     "a config of another size": (lambda f: edit_json(f / "config.json", lambda c: c.update(num_hidden_layers=4)), ["layers.3", "missing"]),
 }
 

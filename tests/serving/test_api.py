@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from engines import within
+from traffic import traffic
 
 import maxtrain
 from maxtrain import LLM, SamplingParams
@@ -229,6 +230,12 @@ def test_a_forgotten_stream_and_a_closed_event_loop_end_their_own_request_alone(
     del task
     assert within(lambda: llm.generate("copy ab", GREEDY))[0].error is None
     assert within(lambda: llm.driver.do(lambda: llm.engine.scheduler.pool.num_held)) == 0
+
+
+@pytest.mark.slow
+def test_traffic(llm):
+    counts = traffic(llm, seconds=20, seed=0)
+    assert set(counts) == {"generate", "stream", "leave", "score", "load"}
 
 
 def test_whoever_the_engine_calls_is_refused_to_wait_for_it(llm):

@@ -59,7 +59,7 @@ def of_config(config: Mapping[str, Any], place: str = "config.json") -> Family:
     name = config.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
         near = did_you_mean(name, list(FAMILIES)) if isinstance(name, str) else ""
-        raise Refused(f"{place}: model_type = {name!r} is not supported{near}: allowed are {', '.join(sorted(FAMILIES))}")
+        raise Refused(f"{place}: model_type = {name!r:.100} is not supported{near}: allowed are {', '.join(sorted(FAMILIES))}")
     return FAMILIES[name]
 
 

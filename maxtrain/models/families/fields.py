@@ -16,6 +16,7 @@ from maxtrain.models.families.harmless import DROPOUT, FIXED, NEVER_MATTERS
 LOG = logging.getLogger("maxtrain")
 LARGEST = 2**31 - 1  # of a whole number; sizes are far below
 MAX_LAYERS, MAX_EXPERTS = 1000, 4096
+MAX_TOLD = 20  # fields in a message
 WORDS: Mapping[type, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
@@ -123,14 +124,15 @@ class Fields:
                     continue
                 LOG.warning(f"{self.place}: {field} = {value!r:.200}: nothing is dropped out here, neither in training nor when generating")
             elif outermost and field in fixed:
-                wrong.append(f"{fields.place}: {field} = {value!r:.200}: only {fixed[field]!r} is supported")
+                wrong.append(f"{fields.place}: {field:.100} = {value!r:.200}: only {fixed[field]!r} is supported")
             elif value is not None:
                 unknown.append(fields.within + field)
-                wrong.append(f"{fields.place}: {field} = {value!r:.200}: this field is unknown, it may change what the model computes")
-        if unknown:
-            wrong.append(
-                f"if {'it does' if len(unknown) == 1 else 'they do'} not, read the file as if without: {proposal([*removed, *unknown])}"
-            )
+                wrong.append(f"{fields.place}: {field:.100} = {value!r:.200}: this field is unknown, it may change what the model computes")
+        if len(wrong) > MAX_TOLD:
+            wrong[MAX_TOLD:] = [f"and {len(wrong) - MAX_TOLD:,} more"]
+        if 0 < len(unknown) <= 10 * MAX_TOLD:
+            they = "it does" if len(unknown) == 1 else "they do"
+            wrong.append(f"if {they} not, read the file as if without: {proposal([*removed, *unknown])}")
         if wrong:
             raise Refused("\n".join(wrong))
 

@@ -83,6 +83,13 @@ def test_following_the_refusal_reads_the_file():
         families.read(CONFIG | {"made_by": 1, "rope_scaling": 2}, ignore=["made_by"])
 
 
+def test_many_unknown_fields_make_a_short_message():
+    with pytest.raises(Refused) as refusal:
+        model(**{f"x{index}": index for index in range(100_000)})
+    assert "and 99,980 more" in str(refusal.value)
+    assert len(str(refusal.value)) < 3000
+
+
 def test_null_where_it_is_a_value():
     qwen = CONFIG | {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1}
     assert families.read(qwen)[1].slots["sliding_attention"].window == 4096
