@@ -1,34 +1,19 @@
-"""Damage model files at random and read them: each must load or be refused, in time and in bounded memory; anything else is a fault.
-
-    python scripts/attack_files.py folders|gguf|configs [--count 2000] [--seed 0] [--out results.jsonl]
-
-Item i of a seed is always the same, so that a run goes on where its results end and a fault can be looked at alone (`--first i --count 1`).
-"""
+"""Attacks on model files: each is damaged at random and read; it loads or is refused by name, in time and in bounded memory."""
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import copy
 import json
-import logging
-import multiprocessing
 import os
 import pathlib
 import random
-import resource
 import shutil
 import struct
 import sys
-import tempfile
-import time
-import traceback
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-SECONDS, MEGABYTES = 30.0, 1500  # that one item may take; above what the worker took before its first
 FAMILIES = ("llama", "mixtral", "deepseek-v3", "gpt-oss", "gemma3", "qwen2-moe", "phi3", "command-r7b", "smollm3", "glm4.5")
 ODD: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 3, 7, 10**6, 2**31, 2**63, 10**30, 10**400, 0.5, -1.5, 1e-300, 1e308, float("nan"), float("inf")),
@@ -247,97 +232,8 @@ def attack_config(top: pathlib.Path, draws: random.Random) -> str:
     return file["name"]
 
 
-PARTS: dict[str, tuple[Callable[[pathlib.Path], None], Callable[[pathlib.Path, random.Random], str]]] = {
-    "folders": (make_folders, attack_folder),
-    "gguf": (make_gguf, attack_gguf),
-    "configs": (lambda top: None, attack_config),
+PARTS = {  # what is made once, what makes an item, seconds that an item may take
+    "folders": (make_folders, attack_folder, 30.0),
+    "gguf": (make_gguf, attack_gguf, 30.0),
+    "configs": (lambda top: None, attack_config, 30.0),
 }
-
-
-def work(part: str, seed: int, first: int, last: int, pipe: Any) -> None:
-    """Send the outcome of each item, in a process of its own."""
-    from maxtrain.config.errors import Refused
-
-    logging.disable()
-    make, attack = PARTS[part]
-    with tempfile.TemporaryDirectory() as name:
-        top = pathlib.Path(name)
-        make(top)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-        pipe.send(None)
-        for index in range(first, last):
-            outcome, words = "loaded", ""
-            try:
-                attack(top, random.Random(f"{part} {seed} {index}"))
-            except Refused as refusal:
-                outcome, words = "refused", str(refusal)
-                if not {"item", "config.json"} & {word for word in ("item", "config.json") if word in words} or len(words) > 20_000:
-                    outcome = "fault"  # the file is not named, or the message is no message
-                words.encode()
-            except BaseException:
-                outcome, words = "fault", traceback.format_exc()[-2000:]
-            grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024 - before
-            if grown > MEGABYTES:
-                outcome, words = "fault", f"{grown} MB more memory\n{words}"
-            with contextlib.suppress(OSError):  # first, because rmtree waits for the writer of a fifo
-                (top / "item").unlink()
-            shutil.rmtree(top / "item", ignore_errors=True)
-            pipe.send({"part": part, "seed": seed, "index": index, "outcome": outcome, "words": words[:2000]})
-            if grown > MEGABYTES:
-                return
-
-
-def attack(part: str, count: int, seed: int = 0, first: int = 0) -> Iterator[dict[str, Any]]:
-    """The outcomes of `count` items from `first` on: loaded, refused, fault (another error, a file not named, memory) or hang."""
-    context, index, last = multiprocessing.get_context("spawn"), first, first + count
-    while index < last:
-        ours, theirs = context.Pipe(duplex=False)
-        worker = context.Process(target=work, args=(part, seed, index, last, theirs))
-        worker.start()
-        theirs.close()
-        try:
-            if ours.poll(300):
-                ours.recv()
-            while index < last:
-                row = {"part": part, "seed": seed, "index": index, "outcome": "hang", "words": f"no end after {SECONDS:g} s"}
-                ended = ours.poll(SECONDS)
-                if ended:
-                    row = ours.recv()
-                yield row
-                index += 1
-                if not ended:
-                    break
-        except EOFError:  # it ended itself after too much memory, or died
-            if worker.join(10) or worker.exitcode:
-                yield {"part": part, "seed": seed, "index": index, "outcome": "fault", "words": f"died with {worker.exitcode}"}
-                index += 1
-        finally:
-            worker.kill()
-            worker.join()
-
-
-def main() -> int:
-    """Print every fault and the sums; 1 if there was a fault."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=PARTS)
-    parser.add_argument("--count", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--out", type=pathlib.Path, help="results, an object a line; what is there is not done again")
-    arguments = parser.parse_args()
-    known = [json.loads(line) for line in arguments.out.read_text().splitlines()] if arguments.out and arguments.out.exists() else []
-    sums, began = Counter(row["outcome"] for row in known), time.monotonic()
-    first = max([arguments.first, *(row["index"] + 1 for row in known)])
-    for row in attack(arguments.part, arguments.first + arguments.count - first, arguments.seed, first):
-        sums[row["outcome"]] += 1
-        if arguments.out:
-            with arguments.out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-        if row["outcome"] not in ("loaded", "refused"):
-            print(f"{row['part']} {row['index']}: {row['outcome']}\n{row['words']}", flush=True)
-    print(f"{arguments.part}, seed {arguments.seed}: {dict(sums)}, {time.monotonic() - began:.0f} s")
-    return 0 if not sums["fault"] + sums["hang"] else 1
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
