@@ -53,17 +53,16 @@ def build_once(
     Raises:
         Refused: the folder cannot be written, or what `write` raises.
     """
-    found, wrong = _find(folder, load, check, whole)
-    if found is not None:
+    if (found := _find(folder, load, check, whole)[0]) is not None:
         return found
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with open(f"{folder}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            found, wrong = _find(folder, load, check, whole)
-            if found is not None:
-                return found
-            if wrong:
+            again = _find(folder, load, check, whole)
+            if again[0] is not None:
+                return again[0]
+            if wrong := again[1]:
                 say(f"{folder}: damaged, so it is made anew: {'; '.join(wrong[:5])}")
             draft = Path(f"{folder}.{socket.gethostname()}.draft")
             shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed: it held the lock

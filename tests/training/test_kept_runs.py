@@ -42,7 +42,7 @@ def copy(tmp_path):
     return make
 
 
-@pytest.mark.parametrize("name", ["dense", pytest.param("mixture", marks=LARGE)])
+@pytest.mark.parametrize("name", ["dense", pytest.param("mixture", marks=LARGE), pytest.param("tuned", marks=LARGE)])
 def test_resumes(name, copy, cache_dir):
     folder = copy(name)
     Trainer(load(folder / "config.yml", [f"run.dir={folder}", f"data.cache_dir={cache_dir}"]).config).fit()
