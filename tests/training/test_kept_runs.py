@@ -32,8 +32,9 @@ def one_device():
 
 
 @pytest.fixture
-def copy(tmp_path):
-    """Makes a copy of a run, at a place of which it knows nothing."""
+def copy(tmp_path, monkeypatch):
+    """Makes a copy of a run, at a place of which it knows nothing; its data cache is relative to the working folder."""
+    monkeypatch.chdir(tmp_path)
 
     def make(name):
         shutil.copytree(make_runs.RUNS / name, tmp_path / "moved")

@@ -106,8 +106,8 @@ def test_files_that_are_the_same_are_not_written_again(folder):
 
 
 def test_a_second_trainer_is_refused_and_told_of_the_first(tmp_path):
-    hold = "lock = run.Lock(sys.argv[1]); lock.hold(); print('held', flush=True); time.sleep(60)"
-    code = f"import sys, time; from maxtrain.training import run; {hold}"
+    code = "from maxtrain.training import run; lock = run.Lock(sys.argv[1]); lock.hold(); print('held', flush=True); time.sleep(60)"
+    code = f"import sys, time; {code}"
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout.readline() == "held\n"
         lock = runs.Lock(str(tmp_path))
