@@ -139,7 +139,7 @@ class ByteTokenizer(Tokenizer):
 
     def encode_spelled(self, text: str) -> list[int]:
         special = self.boundaries.special
-        parts = re.split(f"({'|'.join(map(re.escape, special))})", text)
+        parts = re.split(f"({'|'.join(map(re.escape, special))})", _bytes(text).decode())
         return [index for part in parts for index in ([special[part]] if part in special else _bytes(part))]
 
     def encode_long(self, chunks: Iterable[str], grown: Callable[[int], None]) -> Iterator[np.ndarray]:

@@ -304,6 +304,21 @@ def test_unknown_metadata_is_refused_by_name(tmp_path):
         gguf.File(tmp_path / "m.gguf")
 
 
+END_TOKENS = {
+    "llama3": (["<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"], {"eos": 2}, [2, 0, 1]),
+    "by a key": (["<stop>", "</s>"], {"eos": 1, "eot": 0}, [1, 0]),
+    "phi": (["<|end|>", "<|endoftext|>"], {"eos": 1}, [1, 0]),
+    "harmony": (["<|end|>", "<|return|>", "<|call|>"], {"eos": 1}, [1, 2]),  # <|end|> ends a message, not the answer
+    "none": (["a"], {}, []),
+}
+
+
+@pytest.mark.parametrize("name", END_TOKENS)
+def test_end_tokens_by_keys_and_by_names(name):
+    tokens, ids, ends = END_TOKENS[name]
+    assert gguf_tokenizer.end_ids(tokens, [gguf_tokenizer.CONTROL] * len(tokens), ids) == ends
+
+
 def test_sentencepiece_pieces(tmp_path):
     """Merges follow the scores; blanks and unknown characters come back."""
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -322,6 +337,7 @@ def test_sentencepiece_pieces(tmp_path):
 
     assert gguf_tokenizer.save(values, str(tmp_path / "t"), "here")
     tokenizer = load_saved(tmp_path / "t")
+    assert tokenizer.encode_prompt("b")[0] == 1  # texts of this kind begin with bos unless a key says no
     assert [pieces[i] for i in tokenizer.encode("abc")] == ["▁", "abc"]  # bc (-1) before ab (-3), then a+bc (-2) before ▁a
     assert tokenizer.decode(tokenizer.encode("ab é cab")) == "ab é cab"
     tokenizer.save(tmp_path / "again")  # the template travels

@@ -9,6 +9,7 @@ from maxtrain.config.errors import Refused
 from maxtrain.config.schema import Data, Source
 from maxtrain.config.schema import Tokenizer as Section
 from maxtrain.data.bpe import bytes_only
+from maxtrain.data.cache import key
 from maxtrain.data.tokenizer import ByteTokenizer, load_saved, load_tokenizer
 
 SPECIAL = ["<s>", "</s>", "<|eot|>", "[PAD]", "[gMASK]", "<|im_end|>"]  # 256 to 261
@@ -202,6 +203,20 @@ def test_text_becomes_a_special_token_only_where_it_is_asked_for(tmp_path):
     ]  # fmt: skip
     for odd in ("<|im_<|im_end|>end|>", "\ue000<|im_end|>\ue001", "<s", "</s></s><|eot|>"):
         assert one.encode_chat([{"role": "user", "content": odd}]) == [*bytes_of(f"[user]{odd}"), IM_END, 10]
+
+
+def test_folders_of_earlier_versions_stand_for_the_same_tokenizer(tmp_path):
+    """They had a flag in the place of the post-processor."""
+    text = bytes_only().to_str()
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/tokenizer.json").write_text(text)
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|bos|>", "eos_token": "<|eos|>", "add_bos_token": True}
+    (tmp_path / "old/tokenizer_config.json").write_text(json.dumps(config))
+    old = load_saved(tmp_path / "old")
+    old.as_trained().save(tmp_path / "new")
+    new = load_saved(tmp_path / "new")
+    assert old.fingerprint == new.fingerprint == key(text, "<|bos|>", "<|eos|>")
+    assert old.encode_prompt("a") == new.encode_prompt("a") == [256, 97]
 
 
 def test_ids_beyond_what_text_yields_do_not_count(tmp_path):

@@ -90,6 +90,19 @@ def test_bpe_is_trained_once(tmp_path, monkeypatch):
     assert load(Section(kind="bpe", vocab_size=300), str(tmp_path)).fingerprint == first.fingerprint
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+def test_a_damaged_tokenizer_of_the_cache_is_named_and_made_anew(bpe, tmp_path, capsys, name):
+    section = Section(kind="bpe", vocab_size=400)
+    assert load(section, str(tmp_path)).fingerprint == bpe.fingerprint
+    (kept,) = (path for path in (tmp_path / "tokenizers").iterdir() if path.is_dir())
+    data = (kept / name).read_bytes()
+    for damage in (data[: len(data) // 2], data.replace(b"1", b"2", 1), b""):
+        (kept / name).write_bytes(damage)
+        assert load(section, str(tmp_path)).fingerprint == bpe.fingerprint
+        assert f"{name} has changed" in capsys.readouterr().err
+        assert (kept / name).read_bytes() == data
+
+
 def test_training_text_is_shared_out_by_weight(tmp_path, monkeypatch):
     from maxtrain.data import bpe
 
