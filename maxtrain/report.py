@@ -6,6 +6,8 @@ It reads only what the run's folder holds; a part whose file or keys are missing
 from __future__ import annotations
 
 import json
+import os
+import sys
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +23,7 @@ import yaml
 
 from maxtrain.config import cli
 from maxtrain.config.errors import Refused
+from maxtrain.data import integrity
 from maxtrain.training.plot import SCRIPT, STYLE, Floats, Scale, Series, figure, short, smooth
 
 USAGE = "python -m maxtrain.report RUN [OUT.html]"
@@ -302,9 +305,19 @@ def fold(title: str, content: str, opened: bool = False) -> str:
 PAGE_STYLE = files("maxtrain").joinpath("report.css").read_text()
 
 
+def check_files(folder: Path) -> None:
+    """Return if what describes the run is as it was written, or missing; `Refused` otherwise."""
+    if not (folder / integrity.RUN_MANIFEST).is_file():
+        return  # of an earlier version
+    present = [name for name in ("config.yml", "manifest.json") if (folder / name).is_file()]
+    if wrong := integrity.damage(folder, integrity.RUN_MANIFEST, only=present):
+        raise Refused(f"{folder}: {'; '.join(wrong)}: bring back what was there, or move it away")
+
+
 def page(run: Run) -> str:
     """The whole page; it loads nothing, and its policy says so to the browser."""
     file = run.path / "config.yml"
+    check_files(run.path)
     config, manifest = read_mapping(file), read_mapping(run.path / "manifest.json")
     own, train = (part if isinstance(part := config.get(key), dict) else {} for key in ("run", "train"))
     name = escape(str(own.get("name") or run.path.resolve().name))
@@ -338,11 +351,25 @@ def main(argv: Sequence[str]) -> int:
     if len(argv) > 2 or argv[-1].startswith("-"):
         raise Refused(f"{argv[-1]!r} is not understood\nusage: {USAGE}")
     out = Path(argv[1]) if len(argv) == 2 else folder / "report.html"
-    content = page(read_run(folder))
+    is_new = not out.exists()
     try:
-        out.write_text(content, encoding="utf-8", errors="replace")  # JSON may hold half a surrogate pair
+        target = os.open(out, os.O_WRONLY | os.O_CREAT, 0o666)  # before the work, and without harm to what is there
     except OSError as error:
-        raise Refused(f"{out}: cannot be written ({error.strerror}): choose another place") from None
+        if len(argv) == 2:
+            raise Refused(f"{out}: cannot be written ({error.strerror}): choose another place") from None
+        print(f"{out}: cannot be written ({error.strerror}): the page is printed", file=sys.stderr)
+        print(page(read_run(folder)).encode(errors="replace").decode(), end="")
+        return 0
+    try:
+        with open(target, "wb") as file:
+            content = page(read_run(folder)).encode(errors="replace")  # JSON may hold half a surrogate pair
+            if out.is_file():
+                file.truncate(0)
+            file.write(content)
+    except (Refused, OSError) as error:
+        if is_new:
+            out.unlink(missing_ok=True)
+        raise error if isinstance(error, Refused) else Refused(f"{out}: cannot be written ({error}): choose another place") from None
     print(out)
     return 0
 

@@ -9,6 +9,7 @@ import pytest
 
 from maxtrain import report
 from maxtrain.config.errors import Refused
+from maxtrain.data import integrity
 from maxtrain.training.plot import Series, downsample, figure, short, smooth, ticks
 
 EVIL = "<script>alert('x')</script><img src=https://evil.example/a.png onerror=alert(1)>\" onload=\"alert(2)"
@@ -203,6 +204,45 @@ def test_refuses_bad_arguments(run):
     for argv in ([], [str(run / "absent")], [str(run), "a", "b"], [str(run), "--fast"], [str(run), str(run / "absent" / "page.html")]):
         with pytest.raises(Refused):
             report.main(argv)
+
+
+def test_looking_changes_nothing_but_the_page(run):
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in run.iterdir()}
+    make(run)
+    (run / "report.html").unlink()
+    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in run.iterdir()} == before
+
+
+def test_what_cannot_be_written_is_printed(run, capsys, monkeypatch):
+    def refused(*_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(report.os, "open", refused)
+    assert report.main([str(run)]) == 0
+    printed = capsys.readouterr()
+    assert "Step 200 of 400" in Page(printed.out).text
+    assert "report.html: cannot be written (Read-only file system)" in printed.err
+    with pytest.raises(Refused, match="Read-only file system"):
+        report.main([str(run), "page.html"])
+
+
+def test_a_page_that_cannot_be_made_leaves_the_one_before(run):
+    make(run)
+    before = (run / "report.html").read_text()
+    (run / "metrics.jsonl").write_text("{\n")
+    with pytest.raises(Refused):
+        report.main([str(run)])
+    assert (run / "report.html").read_text() == before
+
+
+@pytest.mark.parametrize("name", ["config.yml", "manifest.json"])
+def test_a_changed_file_is_refused(run, name):
+    contents = {name: (run / name).read_bytes() for name in ("config.yml", "manifest.json")}
+    integrity.rewrite(run, contents, integrity.RUN_MANIFEST)
+    make(run)
+    (run / name).write_bytes(contents[name].replace(b"0", b"1"))
+    with pytest.raises(Refused, match=f"{name} has changed"):
+        report.main([str(run)])
 
 
 def test_a_long_run_stays_small(tmp_path):

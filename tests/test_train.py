@@ -172,7 +172,7 @@ def test_refused_input_is_2_and_prints_no_traceback(tmp_path):
 
 
 def test_a_run_that_diverges_is_1(tmp_path, monkeypatch, capsys):
-    def fit(trainer):
+    def fit(trainer, stop=None):
         raise loop.Diverged("too many rollbacks")
 
     monkeypatch.setattr(loop.Trainer, "fit", fit)

@@ -22,9 +22,9 @@ import orbax.checkpoint as ocp
 
 from maxtrain.config import schema
 from maxtrain.config.errors import Refused
-from maxtrain.data.integrity import MANIFEST, damage, write_manifest
+from maxtrain.data.integrity import MANIFEST, damage, set_aside, strangers, write_manifest
 
-ARRAYS, RECORD, NEW = "arrays", "record.json", ".new"
+ARRAYS, RECORD, NEW, REMOVED = "arrays", "record.json", ".new", ".removed"
 
 # Orbax tells its progress at INFO and prints every error three times with a traceback before we raise it.
 logging.getLogger("absl").addFilter(lambda record: record.levelno == logging.WARNING or "/orbax/" not in record.pathname)
@@ -37,8 +37,10 @@ class Checkpointer:
     writes the manifest, verifies, reports and deletes. Errors of a write in the background are raised by the next call.
     """
 
-    def __init__(self, directory: str, cfg: schema.Checkpoint) -> None:
+    def __init__(self, directory: str, cfg: schema.Checkpoint, completed: Callable[[int], None] = lambda step: None) -> None:
         """Nothing is read or changed yet, so that a run that is still training can be looked at from outside.
+
+        `completed` is called by process 0, in the background, with each step that has become a complete checkpoint.
 
         Raises:
             Refused: `directory` is not a path of a file system.
@@ -46,7 +48,7 @@ class Checkpointer:
         if "://" in directory:
             raise Refused(f"checkpoints cannot be kept in {directory}: name a folder of a local or shared file system")
         self._root = Path(directory).absolute()
-        self._cfg = cfg
+        self._cfg, self._completed = cfg, completed
         self._primary = jax.process_index() == 0
         # Compressing floats saves 8% of the space and costs five times the CPU time, which training needs.
         self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
@@ -62,7 +64,11 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first; they may still turn out to be damaged."""
-        return sorted(step for step, folder in self._folders().items() if (folder / MANIFEST).exists())
+        return sorted(step for step, folder in folders(self._root).items() if (folder / MANIFEST).exists())
+
+    def traces(self) -> list[int]:
+        """Steps of which there is, or was, a complete checkpoint: all folders but those of writes that were cut short."""
+        return sorted(step for step, folder in folders(self._root).items() if folder.suffix != NEW or (folder / MANIFEST).exists())
 
     def save(self, step: int, arrays: Any, meta: Mapping[str, Any], metrics: Mapping[str, float] | None = None) -> None:
         """Copy `arrays` (nested dicts of jax.Array) to the host and write them in the background; replaces what `step` had.
@@ -107,16 +113,17 @@ class Checkpointer:
         """The newest step (before `before`) whose every byte is as written, the same in all processes; None if there is none.
 
         What is wrong with newer ones is told to `report` (of process 0), one line a checkpoint; the next complete
-        checkpoint has them removed.
+        checkpoint has them renamed. Files in the good one that are not its own are told too.
         """
         self.wait()
         good = -1
-        for step, folder in sorted(self._folders().items(), reverse=True) if self._primary else ():
+        for step, folder in sorted(folders(self._root).items(), reverse=True) if self._primary else ():
             if before is not None and step >= before:
                 continue
             lines = damage(folder)
             if not lines:
                 good = step
+                _tell_strangers(folder, report)
                 break
             self._damaged.add(step)
             more = f"; and {len(lines) - 5} more" if len(lines) > 5 else ""
@@ -127,15 +134,16 @@ class Checkpointer:
     def drop_after(self, step: int) -> None:
         """Remove the checkpoints of later steps: they led to where a run could not go on, and it goes on from `step`."""
         self.wait()
-        for other, folder in self._folders().items() if self._primary else ():
+        for other, folder in folders(self._root).items() if self._primary else ():
             if other > step:
                 _remove(folder)
 
-    def verify(self, step: int) -> None:
+    def verify(self, step: int, report: Callable[[str], None]) -> None:
         """Return if every byte of `step` is as written; `Refused` otherwise. For one process."""
         lines = damage(self._folder(step))
         if lines:
             raise Refused(f"the checkpoint {self._folder(step)} is damaged: {'; '.join(lines[:5])}: take another step")
+        _tell_strangers(self._folder(step), report)
 
     def read_meta(self, step: int) -> dict[str, Any]:
         """The `meta` that `step` was saved with."""
@@ -160,19 +168,10 @@ class Checkpointer:
 
     # ---------------------------------------------------------------------------------------------- behind the scenes
 
-    def _folders(self) -> dict[int, Path]:
-        """The folder of every step, complete or not. A replacement counts from its manifest on, even before it is renamed."""
-        found: dict[int, Path] = {}
-        for folder in sorted(self._root.glob("*")):  # so `20` comes before `20.new`
-            match = re.fullmatch(rf"(\d+)({re.escape(NEW)})?", folder.name)
-            if match and (int(match[1]) not in found or (folder / MANIFEST).exists()):
-                found[int(match[1])] = folder
-        return found
-
     def _folder(self, step: int) -> Path:
         if step not in self.steps():
             raise Refused(f"there is no complete checkpoint of step {step} in {self._root}: it has {self.steps() or 'none'}")
-        return self._folders()[step]
+        return folders(self._root)[step]
 
     def _join(self) -> None:
         if self._pending is None:
@@ -193,20 +192,30 @@ class Checkpointer:
             write_manifest(folder)
             self._settle()
             self._damaged.discard(step)
+            self._completed(step)
             self._retain(step)
 
     def _settle(self) -> None:
-        """Rename complete `.new` folders to their final name and remove those that an interrupted write left."""
+        """Rename complete `.new` folders to their final name and remove those that an interrupted write or removal left."""
+        for folder in self._root.glob(f"[0-9]*{REMOVED}"):
+            shutil.rmtree(folder, ignore_errors=True)
         for folder in self._root.glob(f"[0-9]*{NEW}"):
             if (folder / MANIFEST).exists():
                 final = folder.with_suffix("")
-                _remove(final)
+                self._clear(int(final.name), final)
                 folder.rename(final)
             else:
                 _remove(folder)
 
+    def _clear(self, step: int, folder: Path) -> None:
+        """Make the name of a checkpoint free: what is damaged may still be worth something, so it is not removed."""
+        if step not in self._damaged:
+            _remove(folder)
+        elif folder.exists():
+            set_aside(folder)
+
     def _retain(self, step: int) -> None:
-        """Remove what is damaged or no longer to be kept, now that `step` is complete.
+        """Remove what is no longer to be kept and rename what is damaged, now that `step` is complete.
 
         Steps after it stay unless damaged: they do not belong to what led to `step`, and must not push it out either.
         """
@@ -218,9 +227,10 @@ class Checkpointer:
         best = min(past, key=self._metric)
         if self._metric(best) < math.inf:
             kept.add(best)
-        for other, folder in self._folders().items():
+        for other, folder in folders(self._root).items():
             if other not in kept:
-                _remove(folder)
+                self._clear(other, folder)
+        self._damaged.clear()
 
     def _metric(self, step: int) -> float:
         """Value of the metric `best`, infinite if the checkpoint has none; read from disk, so a resumed run knows it too."""
@@ -231,10 +241,41 @@ class Checkpointer:
         return math.inf if math.isnan(value) else value
 
 
+def folders(root: Path) -> dict[int, Path]:
+    """The folder of every step, complete or not. A replacement counts from its manifest on, even before it is renamed."""
+    found: dict[int, Path] = {}
+    for folder in sorted(root.glob("*")):  # so `20` comes before `20.new`
+        match = re.fullmatch(rf"(\d+)({re.escape(NEW)})?", folder.name)
+        if match and (int(match[1]) not in found or (folder / MANIFEST).exists()):
+            found[int(match[1])] = folder
+    return found
+
+
+def newest_meta(root: Path) -> dict[str, Any] | None:
+    """The `meta` of the newest step whose record is as written, its arrays unread; None if there is none."""
+    for _, folder in sorted(folders(root).items(), reverse=True):
+        if not damage(folder, only=[RECORD]):
+            return json.loads((folder / RECORD).read_bytes())["meta"]
+    return None
+
+
+def _tell_strangers(folder: Path, report: Callable[[str], None]) -> None:
+    if others := strangers(folder):
+        report(f"not of the checkpoint {folder}, and left alone: {', '.join(others[:5])}{' ...' if others[5:] else ''}")
+
+
 def _remove(folder: Path) -> None:
-    """Manifest first: half removed must not look complete. What a reader on NFS holds open goes after the next checkpoint."""
-    (folder / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+    """Renamed first, so that half removed it is no checkpoint. What a reader on NFS holds open goes after the next checkpoint."""
+    if not folder.exists():
+        return
+    removed = folder.with_name(folder.name.partition(".")[0] + REMOVED)
+    shutil.rmtree(removed, ignore_errors=True)
+    try:
+        folder.rename(removed)
+    except OSError:  # the other one still holds files that are open elsewhere
+        removed = folder
+    (removed / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(removed, ignore_errors=True)
 
 
 def _check_fit(folder: Path, saved: Any, wanted: Any, partial: bool) -> None:

@@ -12,12 +12,14 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 MANIFEST = "manifest.json"
+RUN_MANIFEST = "files.json"  # of a run's folder, in which manifest.json describes the run
 BLOCK = 2**24  # bytes that have a hash of their own in a manifest with blocks
 
 Measure = dict[str, Any]
@@ -98,6 +100,34 @@ def strangers(folder: Path, name: str = MANIFEST) -> list[str]:
     """Files of `folder` that its manifest does not name: a note, a `.DS_Store`. They say nothing about the others."""
     known = read_manifest(folder, name)
     return [path for path in _files(folder, name) if path not in known]
+
+
+def set_aside(path: Path) -> Path:
+    """Rename what is damaged to `<name>.damaged`, or with a number behind that, and return that path: nothing is lost."""
+    names = (f"{path.name}.damaged{(number and f'-{number}') or ''}" for number in count())
+    target = next(path.with_name(name) for name in names if not path.with_name(name).exists())
+    return path.rename(target)
+
+
+def rewrite(folder: Path, contents: Mapping[str, bytes], name: str) -> None:
+    """Give files of a folder new content, and its manifest their measures.
+
+    At every moment, whatever is killed, each file is as the manifest says: while a file is replaced, it allows both contents.
+    """
+    try:
+        before = read_manifest(folder, name)
+    except (OSError, ValueError):
+        before = {}
+    after = before | {path: measure_bytes(content) for path, content in contents.items()}
+    there = {path: _measure(folder / path, False) for path in contents if (folder / path).is_file()}
+    changed = [path for path in contents if there.get(path) != after[path]]
+    if after == before and not changed:
+        return
+    seal(folder, {path: [there[path], new] if path in changed and path in there else new for path, new in after.items()}, name)
+    for path in changed:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        replace(folder / path, contents[path])
+    seal(folder, after, name)
 
 
 class Mapped:

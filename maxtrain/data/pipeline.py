@@ -1,6 +1,6 @@
-"""The training batches: a pure function of seed and step, so any number of hosts, readers and workers sees the same ones.
+"""The training batches: a pure function of seed and window, so any number of hosts, readers and workers sees the same ones.
 
-Resuming needs no state but the step. Grain only computes the function ahead of time, in threads or processes.
+Resuming needs no state but how many windows were taken. Grain only computes the function ahead of time, in threads or processes.
 """
 
 from __future__ import annotations
@@ -89,11 +89,16 @@ class TrainData:
             if count <= cfg.length:
                 remedy = "lower data.length or add text"
                 raise Refused(f"data.sources.{name}: {count} tokens are fewer than one window of data.length={cfg.length} + 1; {remedy}")
-        self.fingerprint = key([shard.fingerprint for shard in self._shards], weights, cfg.length, cfg.batch_size, seed)
+        self._made_of = [shard.fingerprint for shard in self._shards], weights, cfg.length
+        self.fingerprint = key(*self._made_of, seed)  # of the endless stream of windows, however it is cut into batches
 
-    def batch(self, step: int, rows: Sequence[int]) -> Batch:
-        """The given rows of global batch `step`: see `packing` for the keys."""
-        places = [self._mixture.locate(step * self._batch_size + row) for row in rows]
+    def fingerprint_of_batches(self, batch_size: int) -> str:
+        """What a checkpoint that counts no windows holds in place of `fingerprint`."""
+        return key(*self._made_of, batch_size, self._seed)
+
+    def batch(self, step: int, rows: Sequence[int], first: int = 0) -> Batch:
+        """The given rows of global batch `step`, batch 0 beginning at window `first`: see `packing` for the keys."""
+        places = [self._mixture.locate(first + step * self._batch_size + row) for row in rows]
         windows = [self._window(*place) for place in places]
         batch = frame(*(np.stack(part) for part in zip(*windows, strict=True)))
         return {**batch, "source": np.array([source for source, _ in places], np.int32)}
@@ -106,13 +111,16 @@ class TrainData:
         phase, *keys = map(int, np.random.SeedSequence([self._seed, source, epoch]).generate_state(5, np.uint64))
         return shard.window(phase % shard.num_tokens + length * shuffled(index, count, keys), length + 1)
 
-    def batches(self, start: int, rows: Sequence[int] | slice) -> grain.DatasetIterator[Batch]:
-        """This reader's rows of the global batches `start`, `start + 1`, ... without end, prepared ahead; close it after use."""
+    def batches(self, start: int, rows: Sequence[int] | slice, first: int = 0) -> grain.DatasetIterator[Batch]:
+        """This reader's rows of the global batches `start`, `start + 1`, ... without end, prepared ahead; close it after use.
+
+        Batch 0 begins at window `first`, which is negative where the batches of that many steps were smaller.
+        """
         import grain  # here, because it imports jax
         from absl import flags
 
         rows = range(self._batch_size)[rows] if isinstance(rows, slice) else rows
-        steps = grain.MapDataset.range(start, 2**62).map(partial(self.batch, rows=rows))
+        steps = grain.MapDataset.range(start, 2**62).map(partial(self.batch, rows=rows, first=first))
         if not self._workers:
             ahead = self._prefetch
             return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)))

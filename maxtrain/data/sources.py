@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
@@ -67,8 +68,9 @@ def _content(files: list[tuple[str, Path]], cache_dir: str) -> str:
             open_regular(path).close()  # a fifo or a device has no content to be hashed
         status.append((str(path.absolute()), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
     memo = Path(expand(cache_dir, "data.cache_dir")) / "content" / key(status)
-    with contextlib.suppress(OSError):
-        if len(known := memo.read_text()) == 32:
+    with contextlib.suppress(OSError, ValueError):
+        known, seal = memo.read_text()[:32], memo.read_text()[32:]
+        if seal == key(known) or (not seal and re.fullmatch("[0-9a-f]{32}", known)):  # earlier versions wrote no seal
             return known
     digest = hashlib.blake2b(digest_size=16)
     for _, path in files:
@@ -79,7 +81,7 @@ def _content(files: list[tuple[str, Path]], cache_dir: str) -> str:
         with contextlib.suppress(OSError):
             memo.parent.mkdir(parents=True, exist_ok=True)
             draft = memo.with_suffix(f".{os.getpid()}")
-            draft.write_text(digest.hexdigest())
+            draft.write_text(digest.hexdigest() + key(digest.hexdigest()))
             draft.replace(memo)
     return digest.hexdigest()
 

@@ -20,7 +20,7 @@ from jax.experimental import mesh_utils
 from maxtrain.config import schema
 from maxtrain.config.errors import Refused
 from maxtrain.config.paths import expand
-from maxtrain.parallel import context
+from maxtrain.parallel import compile_cache, context
 from maxtrain.parallel.peers import JOIN_SECONDS, PEER_LOST, leave
 from maxtrain.parallel.pipeline import timetable
 from maxtrain.parallel.sharding import Layout
@@ -53,6 +53,7 @@ def start(run: schema.Run, mesh: schema.Mesh) -> None:
         jax.config.update("jax_compilation_cache_dir", cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+        compile_cache.mend(cache)
     if mesh.num_processes == 1 or jax.distributed.is_initialized():
         return
     # JAX's own answer to SIGTERM would take the place of ours: a run asks all its processes in every step

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -71,6 +72,7 @@ class Trainer:
         self.retreat: tuple[int, int] | None = None  # the step that the last rollback went back from, and to
         self.skipped = 0  # steps in a row, up to the last one whose numbers have arrived
         self.stopping = False  # a process has been asked to stop, and all know
+        self.first_window = 0  # where batch 0 would begin, had all batches been of this size
         self.saved_step = -1
         self.useful_seconds = self.checkpoint_seconds = 0.0
         self.state: TrainState
@@ -83,8 +85,21 @@ class Trainer:
         """Data first (no device is touched for input that will be refused), then devices, programs and state."""
         check_trainable(self.config)
         os.makedirs(self.config.run.folder, exist_ok=True)
+        self.lock = runs.Lock(self.config.run.folder)
+        try:
+            self._prepare()
+        except BaseException:
+            self.lock.release()
+            raise
+
+    def _prepare(self) -> None:
+        if self.config.mesh.num_processes == 1:  # of several, the first is known only when they have met
+            self.lock.hold()
+        notes: list[str] = []
+        if runs.recorded(self.config) is not None:
+            runs.check_files(self.config.run.folder, notes.append, resuming=True)
         self.config, self.source = pretrained.settle(self.config)
-        self.tokenizer: Tokenizer = load_tokenizer(self.config.data)
+        self.tokenizer: Tokenizer = runs.own_tokenizer(self.config) or load_tokenizer(self.config.data)
         if self.source is not None:
             pretrained.check_tokenizer(self.source, self.tokenizer)
         if self.tokenizer.text_size > self.config.model.vocab_size:
@@ -94,13 +109,16 @@ class Trainer:
         sets = make_sets(self.config, self.tokenizer)
         mesh.start(self.config.run, self.config.mesh)
         self.peers = peers.join(self._follow)
+        if jax.process_index() == 0:
+            self.lock.hold()
         device_mesh = mesh.make_mesh(self.config.mesh)
         self.config = mesh.resolve(self.config, device_mesh)
         config = self.config
         self.program = make_program(config, Layout(device_mesh, config.mesh.rules), len(self.data.source_names), self.custom_loss)
         self.recorder = Recorder(config.run.folder, config.metrics, config.train.steps, jax.process_index() == 0)
-        self.checkpointer = Checkpointer(os.path.join(config.run.folder, "checkpoints"), config.checkpoint)
-        newest, notes = self._find_checkpoint()
+        completed = partial(runs.note_checkpoint, config.run.folder)
+        self.checkpointer = Checkpointer(os.path.join(config.run.folder, "checkpoints"), config.checkpoint, completed)
+        newest = self._find_checkpoint(notes)
         start = time.perf_counter()
         self.batch_spec = self.program.batch(config.data.batch_size, config.data.length)
         self.step = self.program.lower_step().compile()
@@ -113,39 +131,49 @@ class Trainer:
             self.peers.meet("compiled")
         self._start_from(newest, notes)
         if jax.process_index() == 0:
-            runs.describe(config, self.tokenizer, self.num_parameters)
+            runs.describe(config, self.tokenizer, self.num_parameters, resumed=newest is not None)
 
     def say(self, message: str) -> None:
         """Record an event of the run, on the console and in the metrics."""
         self.recorder.write({"step": int(self.state.step) if hasattr(self, "state") else 0, "event": message})
 
-    def _find_checkpoint(self) -> tuple[int | None, list[str]]:
-        """The newest good checkpoint, if there is one, and what is to be said about it; a misfit is refused before anything is compiled."""
-        notes: list[str] = []
+    def _find_checkpoint(self, notes: list[str]) -> int | None:
+        """The newest good checkpoint, if there is one; what is to be said joins `notes`. A misfit is refused before compiling."""
+        folder = self.config.run.folder
         newest = self.checkpointer.newest_good(notes.append) if self.config.checkpoint.resume else None
         if newest is None:
-            if self.checkpointer.steps() and not self.config.checkpoint.resume:
-                raise Refused(f"{self.config.run.folder} has checkpoints and checkpoint.resume is false: choose another run.dir")
-            return None, notes
+            if not self.config.checkpoint.resume:
+                if self.checkpointer.steps():
+                    raise Refused(f"{folder} has checkpoints and checkpoint.resume is false: choose another run.dir")
+                return None
+            runs.check_nothing_lost(folder, self.checkpointer.traces(), notes)
+            return None
         meta = self.checkpointer.read_meta(newest)
+        if "data_step" not in meta:
+            raise Refused(f"{folder} holds an imported model and no run: train it with model.init_from={folder} and another run.dir")
         changes = runs.check_resume(meta["config"], self.config)
         if meta["tokenizer"] != self.tokenizer.fingerprint:
-            raise Refused(f"{self.config.run.folder}: its checkpoints were trained with another tokenizer: use another run.dir")
-        if meta["data"] != self.data.fingerprint:
+            raise Refused(f"{folder}: its checkpoints were trained with another tokenizer: use another run.dir")
+        before = self.data.fingerprint if "windows" in meta else self.data.fingerprint_of_batches(meta["config"]["data"]["batch_size"])
+        if meta["data"] != before:
             changes.append("the training data has changed: batches from here on are those of the new data")
-        return newest, [*notes, "; ".join([f"resumed from the checkpoint of step {newest}", *changes])]
+        notes.append("; ".join([f"resumed from the checkpoint of step {newest}", *changes]))
+        return newest
 
     def _start_from(self, newest: int | None, notes: list[str]) -> None:
         """Take the state of a checkpoint or, without one, the initial state."""
         if newest is None:
             self.state = self._initial_state()
+            notes += self.recorder.rewind(0)
         else:
             self._restore(newest)
-        self.recorder.rewind(newest or 0)
+            notes += self.recorder.rewind(newest, self.checkpointer.read_meta(newest).get("metrics"))
         for note in notes:
             self.say(note)
 
     def _initial_state(self) -> TrainState:
+        if self.source is None and self.config.model.init_from is not None:
+            raise OSError(f"no good checkpoint is left, and a run that has one does not open {self.config.model.init_from} again")
         model = None if self.source is None else self.source.load(self.program.state.model)
         return self.program.create(self.config.train.seed, model)
 
@@ -154,6 +182,8 @@ class Trainer:
         self.state = states.unstack(self.checkpointer.restore(step, states.stack(like)), like)
         meta = self.checkpointer.read_meta(step)
         self.tokens, self.rollbacks, self.retreat = meta["tokens"], meta["rollbacks"], meta.get("retreat")
+        windows = meta.get("windows", meta["data_step"] * meta["config"]["data"]["batch_size"])
+        self.first_window = windows - meta["data_step"] * self.config.data.batch_size
 
     # --------------------------------------------------------------------------------------------------- training
 
@@ -184,6 +214,7 @@ class Trainer:
         finally:
             self.checkpointer.close()
             self.recorder.close()
+            self.lock.release()
 
     def _part(self, error: BaseException | None = None) -> None:
         """Tell the other processes that this one ends, and whether with its work done."""
@@ -206,7 +237,7 @@ class Trainer:
 
     def _batches(self) -> Generator[dict[str, jax.Array]]:
         rows = local_rows(self.batch_spec["tokens"])
-        batches = self.data.batches(int(self.state.data_step), rows)
+        batches = self.data.batches(int(self.state.data_step), rows, self.first_window)
         try:
             for batch in batches:
                 yield put_batch(batch, self.batch_spec, rows)
@@ -287,6 +318,7 @@ class Trainer:
         meta = {
             "step": step,
             "data_step": int(self.state.data_step),
+            "windows": self.first_window + int(self.state.data_step) * self.config.data.batch_size,
             "tokens": self.tokens,
             "rollbacks": self.rollbacks,
             "retreat": self.retreat,
@@ -295,6 +327,7 @@ class Trainer:
             "data": self.data.fingerprint,
             "tokenizer": self.tokenizer.fingerprint,
             "versions": runs.versions(),
+            "metrics": self.recorder.measure(),
         }
         self.checkpointer.save(step, states.stack(self.state), meta, metrics)
         self.checkpoint_seconds += time.perf_counter() - start
@@ -350,6 +383,7 @@ class Trainer:
         rollbacks = self.rollbacks + 1
         if rollbacks > self.config.guard.max_rollbacks:
             raise Diverged(f"step {step}: {why} after {self.rollbacks} rollbacks")
+        first_window = self.first_window
         self.checkpointer.wait()
         newest = self.checkpointer.newest_good(self.say)
         if newest is not None and self.retreat is not None and newest <= self.retreat[0]:
@@ -359,6 +393,7 @@ class Trainer:
         else:
             self._restore(newest)
             self.checkpointer.drop_after(newest)  # or a run that is killed now would go on from there
+        self.first_window = first_window  # the batches go on where the bad ones ended, also behind a change of their size
         target, first = newest or 0, int(self.state.data_step)
         data_step, zero = (jax.device_put(np.int32(value), self.state.data_step.sharding) for value in (bad_until, 0))
         # The checkpoint may stem from within the bad window: its count of skipped steps would send the run back too soon

@@ -1,17 +1,20 @@
 """Where the numbers of a run go: one row a step, handed to each sink."""
 
 import contextlib
+import hashlib
 import json
 import math
 import os
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol, cast
 
 from rich.console import Console
 from rich.text import Text
 
 from maxtrain.config import schema
+from maxtrain.data.integrity import Measure, set_aside
 
 Row = Mapping[str, Any]
 
@@ -25,8 +28,11 @@ class Sink(Protocol):
     def write(self, row: Row) -> None:
         """Take one row."""
 
-    def rewind(self, step: int) -> None:
-        """Forget the rows after `step`: the run goes on from there."""
+    def rewind(self, step: int, known: Measure | None = None) -> list[str]:
+        """Forget the rows after `step`: the run goes on from there. Gives what is wrong with the rows before it.
+
+        `known` is what `Jsonl.measure` gave when `step` was saved.
+        """
 
     def close(self) -> None:
         """Write out what is pending."""
@@ -38,30 +44,71 @@ class Jsonl:
     name = "jsonl"
 
     def __init__(self, folder: str, cfg: schema.Metrics, total_steps: int):
-        self.path = os.path.join(folder, "metrics.jsonl")
-        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 - open for the life of the run
+        self.path = Path(folder, "metrics.jsonl")
+        self.hash, self.size = hashlib.sha256(), 0
+        self.file = open(self.path, "ab")  # noqa: SIM115 - open for the life of the run
 
     def write(self, row: Row) -> None:
         # JSON has no NaN: a skipped step's loss is null
         clean = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
-        self.file.write(json.dumps(clean) + "\n")
+        self._append(self.file, (json.dumps(clean) + "\n").encode())
+        self.file.flush()
 
-    def rewind(self, step: int) -> None:
+    def _append(self, file: BinaryIO, line: bytes) -> None:
+        file.write(line)
+        self.hash.update(line)
+        self.size += len(line)
+
+    def measure(self) -> Measure:
+        """Size and hash of what was written since the last `rewind` and kept by it; a checkpoint holds it."""
+        return {"size": self.size, "sha256": self.hash.hexdigest()}
+
+    def rewind(self, step: int, known: Measure | None = None) -> list[str]:
+        """What is damaged is left out, and the file as it was stays beside the new one."""
         self.file.close()
-        kept = []
-        with open(self.path) as file:
-            for line in file:
-                if not line.endswith("\n"):
-                    break  # cut short by a kill
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-        with open(self.path + ".new", "w") as file:
-            file.writelines(kept)
-        os.replace(self.path + ".new", self.path)
-        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115
+        self.hash, self.size = hashlib.sha256(), 0
+        before, size, same, bad, events = hashlib.sha256(), 0, not (known and known["size"]), [], set()
+        gaps, last = [], 0  # steps whose rows are missing; the last step that has one
+        draft = self.path.with_suffix(".new")
+        with open(self.path, "rb") as lines, open(draft, "wb") as file:
+            for number, line in enumerate(lines, 1):
+                before.update(line)
+                size += len(line)
+                same = same or ((known or {})["size"] == size and (known or {})["sha256"] == before.hexdigest())
+                row = _row(line)
+                if row is None and line.endswith(b"\n"):  # else it was cut short by a kill
+                    bad.append(str(number))
+                elif row is not None and row["step"] <= step:
+                    self._append(file, line)
+                    events.add(row.get("event"))
+                    if "loss" in row:
+                        gaps += [f"{last + 1} to {row['step'] - 1}"] if row["step"] > last + 1 else []
+                        last = max(last, row["step"])
+        gaps += [f"{last + 1} to {step}"] if last < step else []
+        wrong = [f"metrics.jsonl: damaged lines are left out: {_listed(bad)}"] if bad else []
+        wrong += [] if same or bad else [f"metrics.jsonl has changed since step {step} was saved: its numbers are not to be trusted"]
+        if wrong:
+            wrong[0] += f"; the file as it was: {set_aside(self.path).name}"
+        os.replace(draft, self.path)
+        self.file = open(self.path, "ab")  # noqa: SIM115
+        missing = f"metrics.jsonl: the rows of these steps are missing: {_listed(gaps)}"
+        return wrong + ([missing] if gaps and missing not in events else [])
 
     def close(self) -> None:
         self.file.close()
+
+
+def _row(line: bytes) -> Row | None:
+    """The row in a line; None if it is damaged."""
+    try:
+        row = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
+
+
+def _listed(items: list[str]) -> str:
+    return ", ".join(items[:10]) + (f" and {len(items) - 10} more" if len(items) > 10 else "")
 
 
 class TensorBoard:
@@ -93,12 +140,13 @@ class TensorBoard:
         self.writer.write_event(event)
         self.writer.flush()
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int, known: Measure | None = None) -> list[str]:
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         self.close()
         if os.path.isdir(self.path):
             self._add(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+        return []
 
     def close(self) -> None:
         writer, self.writer = self.writer, None
@@ -138,8 +186,9 @@ class ConsoleLines:
         """Print one line."""
         self.console.print(Text(line, style=style), soft_wrap=True)
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int, known: Measure | None = None) -> list[str]:
         """Nothing: what was printed stays."""
+        return []
 
     def close(self) -> None:
         """Nothing is pending."""
@@ -169,9 +218,15 @@ class Recorder:
         """
         self._each(lambda sink: sink.write(row))
 
-    def rewind(self, step: int) -> None:
-        """Forget the rows after `step` everywhere."""
-        self._each(lambda sink: sink.rewind(step))
+    def rewind(self, step: int, known: Measure | None = None) -> list[str]:
+        """Forget the rows after `step` everywhere; what is wrong with those before it, see `Sink`."""
+        found: list[str] = []
+        self._each(lambda sink: found.extend(sink.rewind(step, known)))
+        return found
+
+    def measure(self) -> Measure | None:
+        """Size and hash of metrics.jsonl, if it is written."""
+        return next((cast(Jsonl, sink).measure() for sink in self.sinks if sink.name == Jsonl.name), None)
 
     def close(self) -> None:
         """Close every sink."""

@@ -25,6 +25,7 @@ from maxtrain.checkpoint.weights import Weights
 from maxtrain.config import dump, load, schema
 from maxtrain.config.errors import Refused
 from maxtrain.config.paths import expand
+from maxtrain.data import integrity
 from maxtrain.data.tokenizer import ByteTokenizer, Tokenizer, load_saved
 from maxtrain.models.families.family import function
 from maxtrain.ops.attention import Context
@@ -68,7 +69,7 @@ class RunSource:
     def load(self, like: Any) -> Any:
         """Through the format it was saved in."""
         saved = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, self.config.precision.params, sharding=s.sharding), like)
-        model, self.step = runs.restore_model(self.path, self.config, saved)
+        model, self.step = runs.restore_model(self.path, self.config, saved, self.tokenizer)
         return jax.tree.map(lambda array, spec: array.astype(spec.dtype), model, like)
 
     def save_tokenizer(self, folder: str) -> bool:
@@ -273,7 +274,8 @@ def import_model(found: Weights, out: str, overrides: Sequence[str] = ()) -> sch
         with Checkpointer(os.path.join(draft, "checkpoints"), config.checkpoint) as checkpointer:
             checkpointer.save(0, loaded, meta)
             checkpointer.wait()
-        Path(draft, "config.yml").write_text(dump(config))
+        contents = {runs.CONFIG: dump(config).encode()} | runs.tokenizer_files(Path(draft))
+        integrity.rewrite(Path(draft), contents, integrity.RUN_MANIFEST)
     return config
 
 
@@ -316,7 +318,8 @@ def export_model(
 def settle(config: schema.Config, save: bool = True) -> tuple[schema.Config, Source | None]:
     """The config with what it leaves to the config and tokenizer of `model.init_from`, and that source; unchanged without one.
 
-    With `save` a tokenizer that is taken from there is written into the run's folder, which the config then names.
+    With `save` a tokenizer that is taken from there is written into the run's folder, which the config then names. A run that has a
+    checkpoint has all of this in its own folder: its source is not opened, and None.
 
     Raises:
         Refused: the path is no model, or the config sets what is not its model's.
@@ -324,6 +327,8 @@ def settle(config: schema.Config, save: bool = True) -> tuple[schema.Config, Sou
     path = config.model.init_from
     if path is None:
         return config, None
+    if (known := runs.recorded(config)) is not None:
+        return _as_before(config, schema.Config.model_validate(known["config"])), None
     source = open_source(path, [f"{IGNORE}{json.dumps(config.model.ignore_fields)}"] if config.model.ignore_fields else [])
     update: dict[str, Any] = {}
     if config.model.deferred:
@@ -341,13 +346,31 @@ def settle(config: schema.Config, save: bool = True) -> tuple[schema.Config, Sou
     if source.tokenizer is not None and not isinstance(source.tokenizer, ByteTokenizer) and not config.data.tokenizer.changed and save:
         folder = os.path.join(config.run.folder, "tokenizer")
         source.tokenizer.save(folder)
-        tokenizer = schema.Tokenizer(kind="huggingface", path=os.path.abspath(folder))
-        update["data"] = config.data.model_copy(update={"tokenizer": tokenizer})
-    merged = config.model_copy(update=update).model_dump()
+        update["data"] = _with_tokenizer(config.data, folder)
+    return _merged(config, update), source
+
+
+def _as_before(config: schema.Config, before: schema.Config) -> schema.Config:
+    """The config of a run that goes on, with the model and the tokenizer that it was begun with where it leaves them to its source."""
+    update: dict[str, Any] = {}
+    if config.model.deferred:
+        update["model"] = before.model.model_copy(update={"init_from": config.model.init_from, "layers": config.model.layers})
+    if before.data.tokenizer.kind == "huggingface" and not config.data.tokenizer.changed:
+        update["data"] = _with_tokenizer(config.data, os.path.join(config.run.folder, runs.TOKENIZER))
+    return _merged(config, update)
+
+
+def _with_tokenizer(data: schema.Data, folder: str) -> schema.Data:
+    return data.model_copy(update={"tokenizer": schema.Tokenizer(kind="huggingface", path=os.path.abspath(folder))})
+
+
+def _merged(config: schema.Config, update: dict[str, Any]) -> schema.Config:
+    """The config with other sections, checked as a whole."""
     try:
-        return schema.Config.model_validate(merged), source
+        return schema.Config.model_validate(config.model_copy(update=update).model_dump())
     except ValidationError as error:
-        raise Refused("\n".join(f"with the model of {path}: {item['msg']}" for item in error.errors())) from None
+        place = config.model.init_from
+        raise Refused("\n".join(f"with the model of {place}: {item['msg']}" for item in error.errors())) from None
 
 
 def check_tokenizer(source: Source, tokenizer: Tokenizer) -> None:

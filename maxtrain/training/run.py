@@ -1,37 +1,41 @@
 """A run's folder: what is written next to the checkpoints, and how a finished run is opened again."""
 
+import contextlib
+import fcntl
 import importlib.metadata
 import json
 import os
 import platform
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
 
 import jax
+from pydantic import ValidationError
 
-from maxtrain.checkpoint.orbax import Checkpointer
+from maxtrain.checkpoint.orbax import Checkpointer, newest_meta
 from maxtrain.config import dump, load, schema
 from maxtrain.config.errors import Refused
+from maxtrain.data import integrity
+from maxtrain.data.cache import say
 from maxtrain.data.tokenizer import Tokenizer, load_saved
+from maxtrain.models.families.family import free_keys, function
 from maxtrain.parallel import mesh
 from maxtrain.parallel.sharding import Layout
 from maxtrain.training import state as states
 from maxtrain.training.program import Program, make_program
 
 PACKAGES = ("maxtrain", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy", "tokenizers")
-# Keys whose change makes a checkpoint another model's or another optimizer's
-BREAKING = (
-    "model.",
-    "data.tokenizer.",
-    "optimizer.kind",
-    "precision.params",
-    "precision.moments",
-    "precision.second_moment",
-    "guard.window",
-)
-HARMLESS = ("model.layers", "model.max_length", "model.init_scale", "model.init_from", "model.ignore_fields")
+LOCK = ".lock"
+# Written at each start; what is in it is compared with its hashes (integrity.RUN_MANIFEST) before it is used
+CONFIG, TOKENIZER = "config.yml", "tokenizer"
+NEWEST = "checkpoints.json"  # the newest step that was complete: tells a run whose checkpoints are gone from one that had none yet
+# Keys whose change makes a checkpoint another model's or another optimizer's; of the model all that its function depends on.
+# (Whether the tokenizer is another one, its fingerprint tells.)
+BREAKING = ("model.", "optimizer.kind", "precision.params", "precision.moments", "precision.second_moment", "guard.window")
 # A finished run is opened by one process, on whatever devices it has, not on those it was trained on
 ALONE = (
     "train.attention=auto",
@@ -72,11 +76,9 @@ def git_state() -> dict[str, Any]:
     return {} if commit is None else {"commit": commit, "changed_files": len((ask("status", "--porcelain") or "").splitlines())}
 
 
-def describe(config: schema.Config, tokenizer: Tokenizer, num_parameters: int) -> None:
-    """Write config.yml, manifest.json and the tokenizer into the run's folder."""
-    folder = config.run.folder
-    with open(os.path.join(folder, "config.yml"), "w") as file:
-        file.write(dump(config))
+def describe(config: schema.Config, tokenizer: Tokenizer, num_parameters: int, resumed: bool) -> None:
+    """Write config.yml, manifest.json, the tokenizer (a resumed run has it) and the hashes of all these into the run's folder."""
+    folder = Path(config.run.folder)
     device = jax.devices()[0]
     manifest = {
         "command": sys.argv,
@@ -86,9 +88,132 @@ def describe(config: schema.Config, tokenizer: Tokenizer, num_parameters: int) -
         "devices": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count(), "processes": jax.process_count()},
         "parameters": num_parameters,
     }
-    with open(os.path.join(folder, "manifest.json"), "w") as file:
-        json.dump(manifest, file, indent=2)
-    tokenizer.save(os.path.join(folder, "tokenizer"))
+    if not (resumed and (folder / TOKENIZER).is_dir()):
+        tokenizer.save(folder / TOKENIZER)
+    contents = {CONFIG: dump(config).encode(), "manifest.json": json.dumps(manifest, indent=2).encode()}
+    integrity.rewrite(folder, contents | tokenizer_files(folder), integrity.RUN_MANIFEST)
+
+
+def tokenizer_files(folder: Path) -> dict[str, bytes]:
+    """Content of the files of a run's tokenizer by their path in the run's folder."""
+    files = sorted(path for path in (folder / TOKENIZER).rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def check_files(folder: str, report: Callable[[str], None], *, resuming: bool = False) -> None:
+    """Return if config.yml and the tokenizer of a run are as they were written; tell `report` what has no hash to compare with.
+
+    `resuming`: the run's trainer asks, which writes anew what is missing.
+
+    Raises:
+        Refused: a file has changed.
+    """
+    place = Path(folder)
+    if not (place / integrity.RUN_MANIFEST).exists():
+        report(f"{folder}: {CONFIG} and {TOKENIZER} have no hashes yet: they are used as they are" + ", and hashed now" * resuming)
+        return
+    try:
+        kept = [name for name in integrity.read_manifest(place, integrity.RUN_MANIFEST) if name == CONFIG or name.startswith(TOKENIZER)]
+    except ValueError:
+        kept = None
+    lines = integrity.damage(place, integrity.RUN_MANIFEST, only=kept)
+    if resuming:
+        lines = [line for line in lines if not line.endswith(" is missing")]
+    if lines:
+        raise Refused(
+            f"{folder}: damaged, or edited by hand: {'; '.join(lines)}\n"
+            "bring back what was there, or move it away: when the run is trained on, it is written anew from the command's config "
+            "(to change a key, give section.key=value on the command line)"
+        )
+    known = set(kept or ())
+    if others := [name for name in tokenizer_files(place) if name not in known]:
+        report(f"{folder}: not of the run, and used with its tokenizer: {', '.join(others)}")
+
+
+class Lock:
+    """The lock of a run's folder, held until it is released, or as long as this process lives."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+        self._file: TextIO | None = None
+
+    def hold(self) -> None:
+        """Take it, if it is not held already; `Refused` when another process trains there."""
+        if self._file is not None:
+            return
+        file = open(os.path.join(self._folder, LOCK), "a+")  # noqa: SIM115 - open for the life of the run
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            raise Refused(f"{self._folder}: {holder} trains here: wait for it, stop it, or choose another run.dir") from None
+        except OSError:  # a file system without locks
+            pass
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        self._file = file
+
+    def release(self) -> None:
+        """Let it go."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def note_checkpoint(folder: str, step: int) -> None:
+    """Remember, outside of the folder of checkpoints, that there is one."""
+    integrity.replace(Path(folder, NEWEST), json.dumps({"step": step}).encode())
+
+
+def check_nothing_lost(folder: str, traces: Sequence[int], told: Sequence[str]) -> None:
+    """Return if a run without a good checkpoint never had one: it begins at its beginning.
+
+    Args:
+        folder: the run's.
+        traces: steps of checkpoints that are, or were, complete.
+        told: what is wrong with them.
+
+    Raises:
+        Refused: it had one; to begin anew would overwrite what is left.
+    """
+    place = Path(folder)
+    known = (place / NEWEST).exists()
+    if traces or known or (not any(place.glob("checkpoints/*")) and _was_saving(place / "metrics.jsonl")):
+        raise Refused(
+            "".join(f"{line}\n" for line in told) + f"{folder}: no good checkpoint is left (there are steps {list(traces) or 'none'}): "
+            "bring them back from a copy, or choose another run.dir to begin anew; nothing was changed"
+        )
+
+
+def _was_saving(metrics: Path) -> bool:
+    """Whether metrics.jsonl tells of a checkpoint, though there is no trace of one: for runs of versions that did not note it."""
+    with contextlib.suppress(OSError), open(metrics, "rb") as file:
+        for line in file:
+            with contextlib.suppress(ValueError):
+                row = json.loads(line)
+                if isinstance(row, dict) and row.get("checkpoint_seconds"):
+                    return True
+    return False
+
+
+def recorded(config: schema.Config) -> dict[str, Any] | None:
+    """What the newest checkpoint of a run says of it: see `Trainer._save`; None where there is none, or none is to be resumed."""
+    return newest_meta(Path(config.run.folder, "checkpoints")) if config.checkpoint.resume else None
+
+
+def own_tokenizer(config: schema.Config) -> Tokenizer | None:
+    """The tokenizer in a run's folder, for a run that goes on and whose config asks for the same as when it was begun; else None."""
+    known, folder = recorded(config), os.path.join(config.run.folder, TOKENIZER)
+    if known is None or not os.path.isdir(folder):
+        return None
+    before, now = known["config"]["data"]["tokenizer"], config.data.tokenizer.model_dump(mode="json")
+    if now not in (before, before | {"path": os.path.abspath(folder)}):  # the second: a folder that was moved
+        return None
+    tokenizer = load_saved(folder)
+    return tokenizer if tokenizer.fingerprint == known["tokenizer"] else None
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -111,11 +236,11 @@ def check_resume(old: Mapping[str, Any], config: schema.Config) -> list[str]:
     Raises:
         Refused: a difference makes the checkpoint's arrays meaningless.
     """
-    precision = {"second_moment": old["precision"]["params"], **old["precision"]}  # before it had a key of its own
-    changed = differences({**old, "precision": precision}, config.model_dump(mode="json"))
+    before = filled(old)
+    precision = {**before["precision"], "second_moment": old["precision"].get("second_moment", old["precision"]["params"])}
+    changed = differences({**before, "precision": precision}, config.model_dump(mode="json"))
     lines = {key: f"{key}: {before!r} in the checkpoint, {after!r} now" for key, (before, after) in changed.items()}
-    broken = [line for key, line in lines.items() if f"{key}.".startswith(BREAKING) or key.startswith(BREAKING)]
-    broken = [line for line in broken if not line.startswith(HARMLESS)]
+    broken = [lines[key] for key, values in changed.items() if key.startswith(BREAKING) and not may_change(key, *values)]
     if broken:
         raise Refused(
             f"{config.run.folder}: its checkpoints belong to another model:\n  "
@@ -123,6 +248,21 @@ def check_resume(old: Mapping[str, Any], config: schema.Config) -> list[str]:
             + "\nuse another run.dir, or undo the change"
         )
     return [line for key, line in lines.items() if not key.startswith(("run.", "metrics."))]
+
+
+def filled(old: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A saved config with the defaults of keys that did not exist yet."""
+    try:
+        return schema.Config.model_validate(old).model_dump(mode="json")
+    except ValidationError:  # its differences will tell
+        return old
+
+
+def may_change(key: str, before: Any, after: Any) -> bool:
+    """Whether a key of the section `model` may have another value when a run goes on: what is no function, and the context's limit."""
+    if key == "model.moe.balance_rate":  # how fast the bias moves, not whether there is one
+        return before is not None and after is not None
+    return key == "model.max_length" or any(key == free or key.startswith(f"{free}.") for free in free_keys())
 
 
 def is_run(path: str) -> bool:
@@ -149,14 +289,15 @@ def read_config(path: str, overrides: Sequence[str] = ()) -> schema.Config:
         raise Refused(f"{folder}: no run is here (config.yml is missing)")
     set_anew = {word.partition("=")[0] for word in overrides}
     alone = [word for word in ALONE if word.partition("=")[0] not in set_anew]
+    check_files(folder, say)
     return load(os.path.join(folder, "config.yml"), (f"run.dir={folder}", *alone, *overrides)).config
 
 
-def restore_model(path: str, config: schema.Config, like: Any, report: Any = print) -> tuple[Any, int]:
+def restore_model(path: str, config: schema.Config, like: Any, tokenizer: Tokenizer | None, report: Any = say) -> tuple[Any, int]:
     """The model of a run's newest good checkpoint, or of the one that `path` names, laid out as `like` describes; and its step.
 
     Raises:
-        Refused: there is no good checkpoint, or the one that is named is damaged.
+        Refused: there is no good checkpoint, the one that is named is damaged, or it is of another model or tokenizer.
     """
     folder, step = locate(path)
     with Checkpointer(os.path.join(folder, "checkpoints"), config.checkpoint) as checkpointer:
@@ -165,9 +306,25 @@ def restore_model(path: str, config: schema.Config, like: Any, report: Any = pri
             if step is None:
                 raise Refused(f"{folder}: no good checkpoint is here; train first")
         else:
-            checkpointer.verify(step)
+            checkpointer.verify(step, report)
+        _check_belongs(folder, step, checkpointer.read_meta(step), config, tokenizer)
         wanted = {"model": like}
         return states.unstack(checkpointer.restore(step, states.stack(wanted), partial=True), wanted)["model"], step
+
+
+def _check_belongs(folder: str, step: int, meta: Mapping[str, Any], config: schema.Config, tokenizer: Tokenizer | None) -> None:
+    """Refuse to use a checkpoint with the config or the tokenizer of another model, which may fit its arrays."""
+    of = f"{folder}: its checkpoint of step {step}"
+    model = filled(meta["config"]).get("model")
+    try:
+        known, now = function(schema.Model.model_validate(model)), function(config.model)
+    except ValidationError:
+        return  # of a version that knew other keys
+    wrong = [f"model.{key}" for key in known | now if known.get(key) != now.get(key) and key != "max_length"]
+    if wrong:
+        raise Refused(f"{of} is of another model than {CONFIG} describes ({', '.join(wrong)}): bring back the {CONFIG} of the run")
+    if tokenizer is not None and meta["tokenizer"] not in (None, tokenizer.fingerprint):
+        raise Refused(f"{of} was trained with another tokenizer than {TOKENIZER}/ holds: bring back the run's own")
 
 
 def open_mesh(config: schema.Config) -> jax.sharding.Mesh:
@@ -182,7 +339,7 @@ def open_program(config: schema.Config) -> Program:
     return make_program(mesh.resolve(config, device_mesh), Layout(device_mesh, config.mesh.rules))
 
 
-def open_run(path: str, report: Any = print) -> tuple[Program, Tokenizer, Any, int]:
+def open_run(path: str, overrides: Sequence[str] = (), report: Any = say) -> tuple[Program, Tokenizer, Any, int]:
     """The program, tokenizer, model and step of the newest good checkpoint of a run's folder, on the devices of this process.
 
     `path` may name one checkpoint instead: `<run>/checkpoints/<step>`.
@@ -190,7 +347,8 @@ def open_run(path: str, report: Any = print) -> tuple[Program, Tokenizer, Any, i
     Raises:
         Refused: the folder is no run, or has no good checkpoint.
     """
-    config = read_config(path)
+    config = read_config(path, overrides)
+    tokenizer = load_saved(os.path.join(locate(path)[0], TOKENIZER))
     program = open_program(config)
-    model, step = restore_model(path, config, program.state.model, report)
-    return program, load_saved(os.path.join(locate(path)[0], "tokenizer")), model, step
+    model, step = restore_model(path, config, program.state.model, tokenizer, report)
+    return program, tokenizer, model, step

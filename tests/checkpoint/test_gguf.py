@@ -1,5 +1,6 @@
 """GGUF files: the same model as in Hugging Face's format, every quantisation, and files that are cut short."""
 
+import copy
 import struct
 
 import jax
@@ -79,6 +80,18 @@ def test_training_starts_from_a_file(tmp_path, cache_dir, monkeypatch):
         assert 0 < moved.max() < 1e-5
 
 
+def check_logits(got, theirs, tokens):
+    """Within 1e-5 of the largest logit, or four times what PyTorch's float32 is from its float64 with the same weights."""
+    import torch
+
+    with torch.no_grad():
+        want = theirs(tokens).logits.numpy()
+        double = copy.deepcopy(theirs).double()
+        double.set_experts_implementation("eager")  # the grouped products know no float64
+        rounding = np.abs(double(tokens).logits.numpy() - want).max()
+    assert np.abs(got - want).max() < max(1e-5 * np.abs(want).max(), 4 * rounding)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
 def test_whole_quantised_model_is_that_of_transformers(kind, tmp_path):
@@ -90,10 +103,7 @@ def test_whole_quantised_model_is_that_of_transformers(kind, tmp_path):
     make_gguf(tmp_path / "m.gguf", model, kind=kind)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype="float32", attn_implementation="eager")
     tokens = np.random.default_rng(0).integers(0, 259, (1, 30)).astype(np.int32)
-    with torch.no_grad():
-        want = theirs(torch.tensor(tokens)).logits.numpy()
-    got = maxtrain.load(tmp_path / "m.gguf")(tokens)
-    assert np.abs(got - want).max() < 1e-4 * np.abs(want).max()
+    check_logits(maxtrain.load(tmp_path / "m.gguf")(tokens), theirs, torch.tensor(tokens))
 
 
 SIZES = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "vocab_size": 97, "intermediate_size": 80}
@@ -166,7 +176,7 @@ def test_other_architectures_are_those_of_transformers(architecture, tmp_path):
     with torch.no_grad():  # so that what is particular to the architecture is not ours alone
         assert np.abs(again(torch.tensor(tokens)).logits.numpy() - want).max() < 1e-5 * np.abs(want).max()
     assert function(gguf.File(tmp_path / "m.gguf").model) == function(huggingface.Folder(tmp_path / "hf").model)
-    assert np.abs(model(tokens) - want).max() < 1e-4 * np.abs(want).max()
+    check_logits(model(tokens), theirs, torch.tensor(tokens))
 
 
 @pytest.mark.parametrize("share", [0, 0.00001, 0.001, 0.02, 0.5, 0.999])

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from states import abstract, assert_same, data_file, newest, restored, run, save, saved, tree
 
-from maxtrain.checkpoint.orbax import Checkpointer
+from maxtrain.checkpoint.orbax import Checkpointer, newest_meta
 from maxtrain.config import schema
 from maxtrain.config.errors import Refused
 from maxtrain.data.integrity import MANIFEST
@@ -144,6 +144,41 @@ def test_damage_is_reported_and_the_one_before_taken_until_the_step_is_saved_aga
     assert_same(restored(tmp_path, 10), tree(10))
 
 
+@pytest.mark.parametrize("place", [".DS_Store", "evaluation.json", "arrays/core"])
+def test_a_file_too_many_is_told_and_no_damage(tmp_path: Path, place: str) -> None:
+    save(tmp_path, 10, 20)
+    (tmp_path / "20" / place).touch()
+    step, (line,) = newest(tmp_path)
+    assert step == 20
+    assert line == f"not of the checkpoint {tmp_path}/20, and left alone: {place}"
+    assert_same(restored(tmp_path, 20), tree(20))
+    save(tmp_path, 30)
+    assert saved(tmp_path) == ["20", "30"]
+
+
+def test_what_is_damaged_is_renamed_and_never_overwritten(tmp_path: Path) -> None:
+    for time in range(3):
+        save(tmp_path, 20)
+        flip(tmp_path / "20")
+        with Checkpointer(str(tmp_path), schema.Checkpoint()) as checkpoints:
+            assert checkpoints.newest_good(lambda line: None) is None
+            assert checkpoints.traces() == [20]
+            checkpoints.save(20, tree(time), {})
+    assert saved(tmp_path) == ["20", "20.damaged", "20.damaged-1", "20.damaged-2"]
+    assert newest(tmp_path) == (20, [])
+
+
+def test_each_complete_checkpoint_is_announced(tmp_path: Path) -> None:
+    steps: list[int] = []
+    with Checkpointer(str(tmp_path), schema.Checkpoint(keep_last=1), steps.append) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, tree(step), {"step": step})
+    assert steps == [1, 2]
+    assert newest_meta(tmp_path) == {"step": 2}
+    (tmp_path / "2" / "record.json").write_text("{}")
+    assert newest_meta(tmp_path) is None
+
+
 def test_all_damaged(tmp_path: Path) -> None:
     save(tmp_path, 10, 20)
     flip(tmp_path / "10")
@@ -190,7 +225,7 @@ def test_damaged_newer_ones_do_not_push_out_good_ones(tmp_path: Path) -> None:
     with Checkpointer(str(tmp_path), schema.Checkpoint(keep_last=2)) as checkpoints:
         assert checkpoints.newest_good(lambda line: None) == 10
         checkpoints.save(12, tree(12), {})
-    assert saved(tmp_path) == ["10", "12"]
+    assert saved(tmp_path) == ["10", "12", "20.damaged", "30.damaged"]
     assert newest(tmp_path) == (12, [])
 
 

@@ -73,6 +73,18 @@ def test_any_number_of_workers_and_any_start_gives_the_same_batches(tmp_path):
     assert_equal(take(data(tmp_path), 4, start=5), expected[5:])
 
 
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_another_batch_size_goes_on_at_the_next_window(tmp_path, size):
+    """3 steps of 4 windows, then batches of another size: over two sources and several of their epochs, none twice, none left out."""
+    whole = data(tmp_path, batch_size=1)
+    windows = [whole.batch(step, [0]) for step in range(12, 12 + 3 * 64)]
+    train = data(tmp_path, batch_size=size)
+    found = [train.batch(step, range(size), first=12 - 3 * size) for step in range(3, 3 + 3 * 64 // size)]
+    assert_equal([{key: value[[row]] for key, value in batch.items()} for batch in found for row in range(size)], windows)
+    assert train.fingerprint == whole.fingerprint
+    assert_equal([next(train.batches(3, slice(None), 12 - 3 * size))], found[:1])
+
+
 def test_workers_leave_signals_to_the_trainer(tmp_path):
     batches = data(tmp_path, workers=1).batches(3, slice(None))
     found = [next(batches)]
@@ -86,9 +98,11 @@ def test_workers_leave_signals_to_the_trainer(tmp_path):
 def test_seed_changes_order_and_fingerprint(tmp_path):
     one, two = data(tmp_path), data(tmp_path, seed=1)
     assert not np.array_equal(one.batch(0, range(4))["tokens"], two.batch(0, range(4))["tokens"])
-    prints = {one.fingerprint, two.fingerprint, data(tmp_path, length=8).fingerprint, data(tmp_path, batch_size=2).fingerprint}
+    prints = {one.fingerprint, two.fingerprint, data(tmp_path, length=8).fingerprint}
     prints.add(data(tmp_path, sources={"sums": SOURCES["sums"]}).fingerprint)
-    assert len(prints) == 5
+    assert len(prints) == 4
+    assert data(tmp_path, batch_size=2).fingerprint == one.fingerprint  # the same windows, cut otherwise
+    assert len({one.fingerprint_of_batches(size) for size in (2, 4)} | {one.fingerprint}) == 3
     assert data(tmp_path, workers=2, sources=dict(reversed(SOURCES.items()))).fingerprint == one.fingerprint
 
 

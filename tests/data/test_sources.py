@@ -235,3 +235,20 @@ def test_fingerprint_follows_content_and_nothing_else(tmp_path, monkeypatch):
     fingerprint(one, cache)
     monkeypatch.setattr(sources.hashlib, "file_digest", None)  # what has not been touched for a while is not read again
     assert fingerprint(one, cache) == first
+
+
+@pytest.mark.parametrize("content", [b"\xff" * 64, b"", b"0" * 31, b"0" * 64, b"g" * 32])
+def test_a_damaged_note_of_a_fingerprint_is_not_believed(tmp_path, monkeypatch, content):
+    (tmp_path / "a.txt").write_text("same")
+    later = sources.time.time_ns() + 10**10
+    monkeypatch.setattr(sources.time, "time_ns", lambda: later)
+    source, cache = Source(kind="text", path=str(tmp_path / "a.txt")), str(tmp_path / "cache")
+    first = fingerprint(source, cache)
+    (memo,) = (tmp_path / "cache" / "content").iterdir()
+    kept = memo.read_text()
+    memo.write_bytes(content)
+    assert fingerprint(source, cache) == first
+    assert memo.read_text() == kept
+    memo.write_text(kept[:32])  # as earlier versions wrote it
+    monkeypatch.setattr(sources.hashlib, "file_digest", None)
+    assert fingerprint(source, cache) == first

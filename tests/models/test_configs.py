@@ -44,7 +44,7 @@ def test_equals_what_the_class_of_transformers_makes_of_it(name):
     from transformers import AutoConfig
 
     family, model, ignored = read(FILES[name])
-    raw = {key: value for key, value in FILES[name].items() if key != "model_type" and key not in ignored}
+    raw = {key: value for key, value in FILES[name].items() if key not in ("model_type", "attn_implementation", *ignored)}
     theirs = AutoConfig.for_model(LIKE.get(family.model_type, family.model_type), **raw)
     normalised = json.loads(theirs.to_json_string(use_diff=False))
     assert function(families.read(normalised)[1]) == function(model)
@@ -58,7 +58,7 @@ def test_equals_what_the_class_of_transformers_makes_of_it(name):
         layer_type = "sliding_attention" if model.slots[kind].window else "full_attention"
         want = their_frequencies(theirs, layer_type)
         width = model.mla.rope_dim if model.mla else model.head_width
-        np.testing.assert_allclose(rope.frequencies(ours, width), want, rtol=2e-6, err_msg=kind)
+        np.testing.assert_allclose(rope.frequencies(ours, ours.width(width)), want, rtol=2e-6, err_msg=kind)
 
 
 def their_frequencies(config, layer_type):

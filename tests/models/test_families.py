@@ -4,6 +4,7 @@ A family joins by a file in `cases/` with `CASES[model_type][name]`, arguments o
 published config.json and number of parameters.
 """
 
+import copy
 import importlib.util
 import json
 import pathlib
@@ -39,6 +40,14 @@ MODULES = list(modules())
 CASES = {family: cases for module in MODULES for family, cases in module.CASES.items()}
 PRESETS = {name: facts for module in MODULES for name, facts in getattr(module, "PRESETS", {}).items()}
 LIKE = {name: other for module in MODULES for name, other in getattr(module, "LIKE", {}).items()}
+# Of the largest logit, where PyTorch's float32 is more than a quarter of it from its float64 with the same weights: tested beside
+LIMITS = {
+    ("gemma", "plain"): 4e-5,
+    ("gemma", "one kv head"): 4e-5,
+    ("gemma3_text", "scaled"): 6e-5,
+    ("gpt_oss", "as published"): 3e-5,
+    ("gpt_oss", "whole pairs"): 2.5e-5,
+}
 EVERY = [(family, name) for family, cases in CASES.items() for name in cases]
 
 
@@ -105,7 +114,12 @@ def test_import_export_and_logits(family, name, tmp_path):
     model, arrays = build(source.model, source)
     ours = jax.jit(lambda model: model.logits(model(tokens, context(tokens)).hidden))(model)
     want = their_logits(theirs, tokens)
-    assert error(ours, want) < 1e-4
+    limit = LIMITS.get((family, name), 1e-5)
+    assert error(ours, want) < limit
+    if limit > 1e-5:  # float32 itself is as far from float64 there
+        double = copy.deepcopy(theirs).double()
+        double.set_experts_implementation("eager")  # the grouped products know no float64
+        assert error(want, their_logits(double, tokens)) > limit / 4
 
     (tmp_path / "ours").mkdir()
     config = huggingface.write(tmp_path / "ours", source.model, arrays.__getitem__, family=family, shard_bytes=30_000)

@@ -10,7 +10,8 @@ import pytest
 
 from maxtrain.config import load
 from maxtrain.ops import backends, grouped_matmul, linear
-from maxtrain.ops.causal_attention import Options
+from maxtrain.ops import cudnn_attention as cudnn_attention_module
+from maxtrain.ops.causal_attention import Options, causal_attention
 from maxtrain.ops.cudnn_attention import cudnn_attention, documents
 from maxtrain.parallel import mesh, sharding
 from maxtrain.parallel.sharding import Layout
@@ -50,6 +51,34 @@ def test_documents_are_where_segments_change():
         assert sizes[row].tolist() == want + pad
         assert starts[row].tolist() == np.cumsum([0, *want[:-1]]).tolist() + pad
     assert not documents(jnp.asarray(segments), 3)[2]
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("most", [2, 9])
+def test_the_call_says_what_attention_is_asked_for(window, most, monkeypatch):
+    """What cuDNN is told of documents, computed by `causal_attention`: values and gradients are those of the segments."""
+    from jax._src.cudnn import fused_attention_stablehlo as library
+
+    def stand_in(q, k, v, *, q_seqlen, kv_seqlen, q_offsets, kv_offsets, scale, mask_type, sliding_window_length):
+        assert (scale, mask_type, sliding_window_length) == (1.0, library.MaskType.CAUSAL, window)
+        assert q_seqlen is kv_seqlen
+        assert q_offsets is kv_offsets
+        at, first = jnp.arange(q.shape[1])[:, None], q_offsets[:, None, :-1]
+        inside = (first >= 0) & (at >= first) & (at < first + q_seqlen[:, None])
+        return causal_attention(
+            q, k, v, jnp.where(inside.any(-1), inside.argmax(-1) + 1, 0).astype(jnp.int32), None, Options(window=window)
+        )
+
+    monkeypatch.setattr(library, "dot_product_attention", stand_in)
+    monkeypatch.setattr(cudnn_attention_module, "MOST", most)
+    rng = np.random.default_rng(0)
+    q, k, v, out = (jnp.asarray(rng.normal(size=(2, 40, heads, 16)), jnp.float32) for heads in (4, 2, 2, 4))
+    segments = jnp.asarray(np.sort(rng.integers(1, 6, (2, 40))), jnp.int32)  # up to five documents
+    got, back = jax.vjp(lambda *x: cudnn_attention(*x, segments, None, Options(window=window)), q, k, v)
+    want, reference = jax.vjp(lambda *x: causal_attention(*x, segments, None, Options(window=window)), q, k, v)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    for a, b in zip(back(out), reference(out), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=5e-5)
 
 
 @pytest.mark.parametrize("window", [None, 64])

@@ -32,8 +32,9 @@ def one_device():
 
 
 @pytest.fixture
-def copy(tmp_path):
-    """Makes a copy of a run, at a place of which it knows nothing."""
+def copy(tmp_path, monkeypatch):
+    """Makes a copy of a run, at a place of which it knows nothing; its data cache is relative to the working folder."""
+    monkeypatch.chdir(tmp_path)
 
     def make(name):
         shutil.copytree(make_runs.RUNS / name, tmp_path / "moved")
@@ -42,7 +43,12 @@ def copy(tmp_path):
     return make
 
 
-@pytest.mark.parametrize("name", ["dense", pytest.param("mixture", marks=LARGE)])
+def listing(folder):
+    """Every file with its content and time."""
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ["dense", pytest.param("mixture", marks=LARGE), pytest.param("tuned", marks=LARGE)])
 def test_resumes(name, copy, cache_dir):
     folder = copy(name)
     Trainer(load(folder / "config.yml", [f"run.dir={folder}", f"data.cache_dir={cache_dir}"]).config).fit()
@@ -53,7 +59,11 @@ def test_resumes(name, copy, cache_dir):
 
 @pytest.mark.parametrize("name", ["dense", *(pytest.param(name, marks=LARGE) for name in ("mixture", "imported", "tuned"))])
 def test_evaluates(name, copy):
-    found, wanted = make_runs.scores(copy(name)), EXPECTED[name]["evaluation"]
+    folder = copy(name)
+    before = listing(folder)
+    found, wanted = make_runs.scores(folder), EXPECTED[name]["evaluation"]
+    assert set(listing(folder)) - set(before) == {folder / "evaluation.json"}
+    assert {path: listing(folder)[path] for path in before} == before
     for key in ("loss", "perplexity", "bits_per_byte"):
         np.testing.assert_allclose(found[key], wanted[key], rtol=TOLERANCE)
     assert {key: found[key] for key in ("step", "num_documents", "num_bytes")} == {
@@ -61,7 +71,19 @@ def test_evaluates(name, copy):
     }
 
 
+@pytest.mark.slow
+def test_evaluating_a_checkpoint_leaves_it_alone(copy):
+    folder = copy("dense")
+    before = listing(folder)
+    assert make_runs.evaluate.main([str(folder / "checkpoints" / "4")]) == 0
+    assert set(listing(folder)) - set(before) == {folder / "evaluation-4.json"}
+    assert {path: listing(folder)[path] for path in before} == before
+
+
 @pytest.mark.parametrize("name", ["dense", "mixture", "imported"])
 def test_exports(name, copy, tmp_path):
-    assert convert.main(["to-hf", str(copy(name)), str(tmp_path / "exported")]) == 0
+    folder = copy(name)
+    before = listing(folder)
+    assert convert.main(["to-hf", str(folder), str(tmp_path / "exported")]) == 0
+    assert listing(folder) == before
     assert make_runs.tensors(tmp_path / "exported") == EXPECTED[name]["tensors"]

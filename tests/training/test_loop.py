@@ -18,6 +18,7 @@ from maxtrain.data.pipeline import TrainData
 from maxtrain.data.tokenizer import ByteTokenizer
 from maxtrain.parallel import mesh
 from maxtrain.training.loop import Diverged, Hook, Stopped, Trainer
+from maxtrain.training.run import Lock
 from maxtrain.training.step import next_token_loss
 
 TINY = Path(__file__).parents[1] / "tiny.yml"
@@ -250,6 +251,48 @@ def test_damaged_checkpoints_are_found_and_the_one_before_is_used(whole, tmp_pat
     _, _, events = read(tmp_path / "run")
     assert "resumed from the checkpoint of step 15" in events
     assert any("checkpoints/20" in event and victim.name in event for event in events)
+
+
+@pytest.mark.parametrize("harm", ["flipped", "removed", "emptied"])
+def test_without_a_good_checkpoint_a_run_that_had_one_is_refused_and_left_as_it_is(whole, tmp_path, cache_dir, harm):
+    folder = tmp_path / "run"
+    shutil.copytree(whole[1], folder)
+    for record in list(folder.glob("checkpoints/*/record.json")):
+        match harm:
+            case "flipped":
+                record.write_text(record.read_text().replace("step", "stop", 1))
+            case "emptied":
+                shutil.rmtree(record.parent)
+    if harm == "removed":
+        shutil.rmtree(folder / "checkpoints")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+    with pytest.raises(Refused, match="no good checkpoint is left"):
+        Trainer(make(folder, cache_dir)).fit()
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"} == before
+
+
+def test_a_second_trainer_is_refused_before_it_does_anything(whole, tmp_path, cache_dir):
+    folder = tmp_path / "run"
+    shutil.copytree(whole[1], folder)
+    lock = Lock(str(folder))
+    lock.hold()
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(Refused, match=f"process {os.getpid()} on .* trains here"):
+        Trainer(make(folder, cache_dir)).fit()
+    lock.release()
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_damaged_line_of_the_metrics_is_told_and_the_run_goes_on(whole, tmp_path, cache_dir):
+    folder = tmp_path / "run"
+    shutil.copytree(whole[1], folder)
+    text = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(text.replace('"step": 7,', '"step" 7,'))
+    Trainer(make(folder, cache_dir)).fit()
+    steps, _, events = read(folder)
+    assert [row["step"] for row in steps] == [*range(1, 7), *range(8, 21)]
+    assert any("damaged lines are left out" in event for event in events)
+    assert any("missing: 7 to 7" in event for event in events)
 
 
 @pytest.fixture(scope="module")

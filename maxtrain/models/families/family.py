@@ -21,6 +21,7 @@ ACTIVATIONS = {
 # Of the section `model`, what is not the model's function: how it is run, initialised or balanced in training
 NOT_FUNCTION = {"layers", "init_scale", "init_from", "ignore_fields"}
 NOT_FUNCTION_MOE = {"dispatch", "capacity_factor", "aux_loss", "router_z_loss", "balance_rate"}
+NOT_FUNCTION_MTP = {"loss_weight"}
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def function(model: schema.Model) -> dict[str, Any]:
     skip = NOT_FUNCTION | {"slots", "prefix", "layer_pattern", "rope", "moe", "mtp", "head_dim"}
     values: dict[str, Any] = {name: getattr(model, name) for name in schema.Model.model_fields if name not in skip}
     values["head_dim"] = model.head_width
-    values["mtp"] = model.mtp and model.mtp.num_layers
+    values["mtp"] = model.mtp and {name: getattr(model.mtp, name) for name in schema.Mtp.model_fields if name not in NOT_FUNCTION_MTP}
     values["layers"] = [model.slots[kind].model_copy(update={"rope": model.slots[kind].rope or model.rope}) for kind in model.kinds]
     if all(model.slots[kind].feed_forward == "moe" for kind in model.kinds):
         values.pop("mlp")
@@ -90,6 +91,12 @@ def function(model: schema.Model) -> dict[str, Any]:
         values["moe"] = {name: getattr(model.moe, name) for name in schema.Moe.model_fields if name not in NOT_FUNCTION_MOE}
         values["moe"]["balanced"] = model.moe.balance_rate is not None  # whether there is a bias, not how fast it moves
     return values
+
+
+def free_keys() -> set[str]:
+    """The dotted keys of a config that are not the model's function: they may change while it is trained."""
+    sections = {"model": NOT_FUNCTION, "model.moe": NOT_FUNCTION_MOE, "model.mtp": NOT_FUNCTION_MTP}
+    return {f"{section}.{name}" for section, names in sections.items() for name in names}
 
 
 def base(fields: Fields, *, eps: float = 1e-6, max_length: int = 2048, tied: bool = False, kv_heads: int | None = None) -> dict[str, Any]:
