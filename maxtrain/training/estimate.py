@@ -19,6 +19,7 @@ from maxtrain.config import schema
 from maxtrain.models import flops
 from maxtrain.models.decoder import Decoder
 from maxtrain.ops.attention_tiles import Spans
+from maxtrain.ops.cudnn_attention import MOST
 from maxtrain.ops.splash_attention import BLOCK
 from maxtrain.parallel.mesh import optimizer_layout
 from maxtrain.parallel.sharding import Axes, Layout, is_param, param_axes, path_name
@@ -106,10 +107,13 @@ def memory(work: Work, layout: Layout) -> dict[str, float]:
         "parameters": float(sum(leaf.elements(layout) * leaf.width for leaf in work.parameters)),
         "optimizer": float(sum(leaf.elements(optimizer_layout(config.mesh, layout)) * leaf.width for leaf in work.moments)),
         "batch": 5.0 * 4 * config.data.batch_size * config.data.length / layout.parts("batch") / layout.parts("length"),
-        "gradients": 4.0 * parameters * (2 if config.train.microbatches > 1 else 1),
+        "gradients": sum(leaf.elements(layout) * leaf.width for leaf in work.parameters)
+        + 4.0 * parameters * (config.train.microbatches > 1),
         "weights to multiply": float(width * parameters),
     }
     kept = {"kept activations": width * sum(_kept(config, layout, name, tokens, resting) for name in model.trained_kinds)}
+    if config.remat.policy == "none":
+        kept["kept activations"] += len(model.trained_kinds) * _statistics(config, layout, tokens)
     heads = 1 if model.mtp is None else 1 + model.mtp.num_layers  # losses, each with its part of the head's gradient
     head = {
         "head and its gradient": (width + 4.0 * heads) * vocab * model.embed,
@@ -170,13 +174,18 @@ def _working(config: schema.Config, layout: Layout, name: str, tokens: int, widt
     if moe is not None:
         wide = 5 if layout.parts("expert") == 1 else 3  # arrays of rows at a time: where rows travel, their room is the larger part
         working += _rows(moe, layout, tokens) * (wide * model.embed + 3 * moe.mlp / layout.parts("mlp"))
-    return width * working + scores
+    return width * working + scores + _statistics(config, layout, tokens)
+
+
+def _statistics(config: schema.Config, layout: Layout, tokens: int) -> float:
+    """Bytes of what cuDNN keeps of a layer's softmax: a float32 for each token and head, and for each document that has room."""
+    return 4.0 * MOST * tokens * config.model.num_heads / layout.parts("heads") if config.train.attention == "cudnn" else 0.0
 
 
 def _plain(config: schema.Config, width: int) -> bool:
     """Whether attention is that of plain XLA, whose scores lie in memory, and not a kernel."""
     auto = config.train.attention == "auto" and width == 2 and config.data.length % BLOCK == 0
-    return not (auto or config.train.attention == "splash")
+    return not (auto or config.train.attention in ("splash", "cudnn"))
 
 
 def _sequences(config: schema.Config, layout: Layout) -> float:

@@ -24,9 +24,15 @@ class Chip(NamedTuple):
     """GB/s of the links along one axis of the torus, both directions together; None where there is no torus."""
     dcn: float | None = None
     """GB/s between slices."""
+    float32: float | None = None
+    """Dense TFLOP/s of products in float32, not TF32; None where they are six passes of bfloat16, as on TPUs."""
+
+    def peak(self, compute: str) -> float:
+        """TFLOP/s of products in a format."""
+        return self.tflops if compute != "float32" else self.float32 or self.tflops / 6
 
 
-CHIPS = {  # the first key that begins the device kind is taken
+CHIPS = {  # the longest key that begins the device kind, whole words, is taken
     "TPU v4": Chip(275, 32, 1200, 90, 6.25),
     "TPU v5 lite": Chip(197, 16, 819, 90, 6.25),
     "TPU v5e": Chip(197, 16, 819, 90, 6.25),
@@ -35,29 +41,43 @@ CHIPS = {  # the first key that begins the device kind is taken
     "TPU v6 lite": Chip(918, 32, 1638, 180, 12.5),
     "TPU v6e": Chip(918, 32, 1638, 180, 12.5),
     "TPU7x": Chip(1153.5, 96, 3690, 100, 6.25),  # two devices a chip share its memory, links and host
-    "NVIDIA L4": Chip(121, 24, 300),
-    "NVIDIA A100": Chip(312, 80, 2039),
-    "NVIDIA H100": Chip(989, 80, 3350),
-    "NVIDIA H200": Chip(989, 141, 4800),
-    "NVIDIA B200": Chip(2250, 180, 8000),
-    "AMD Instinct MI300X": Chip(1307, 192, 5300),
+    "NVIDIA GeForce RTX 3090": Chip(71, 24, 936, float32=35.6),
+    "NVIDIA GeForce RTX 4090": Chip(165.2, 24, 1008, float32=82.6),
+    "NVIDIA GeForce RTX 5090": Chip(209.5, 32, 1792, float32=104.8),
+    "NVIDIA A10": Chip(125, 24, 600, float32=31.2),
+    "NVIDIA L4": Chip(121, 24, 300, float32=30.3),
+    "NVIDIA L40S": Chip(362, 48, 864, float32=91.6),
+    "NVIDIA A100": Chip(312, 80, 2039, float32=19.5),
+    "NVIDIA A100-SXM4-40GB": Chip(312, 40, 1555, float32=19.5),
+    "NVIDIA A100-PCIE-40GB": Chip(312, 40, 1555, float32=19.5),
+    "NVIDIA A100 80GB PCIe": Chip(312, 80, 1935, float32=19.5),
+    "NVIDIA H100": Chip(989, 80, 3350, float32=67),
+    "NVIDIA H100 PCIe": Chip(756, 80, 2000, float32=51),
+    "NVIDIA H100 NVL": Chip(835, 94, 3938, float32=60),
+    "NVIDIA GH200": Chip(989, 96, 4000, float32=67),
+    "NVIDIA H200": Chip(989, 141, 4800, float32=67),
+    "NVIDIA H200 NVL": Chip(835, 141, 4800, float32=60),
+    "NVIDIA B200": Chip(2250, 180, 8000, float32=75),
+    "AMD Instinct MI300X": Chip(1307, 192, 5300, float32=163.4),
 }
 
 
 def chip(device: jax.Device) -> Chip | None:
     """The data sheet of an accelerator; None if it is not in the table."""
-    return next((sheet for name, sheet in CHIPS.items() if device.device_kind.startswith(name)), None)
+    kind = device.device_kind
+    names = [name for name in CHIPS if kind.startswith(name) and not kind[len(name) : len(name) + 1].isalnum()]
+    return CHIPS[max(names, key=len)] if names else None
 
 
-def peak_tflops(device: jax.Device, cache: str = "~/.cache/maxtrain/peak.json") -> float | None:
-    """Peak TFLOP/s of one device; None for an accelerator that is not in the table.
+def peak_tflops(device: jax.Device, compute: str, cache: str = "~/.cache/maxtrain/peak.json") -> float | None:
+    """Peak TFLOP/s of one device in a format; None for an accelerator that is not in the table.
 
     The devices of one CPU share its cores: each is given its share of the measured peak. A `cache` that cannot be read or
     written costs the memory of earlier measurements, not the run.
     """
     if device.platform != "cpu":
         sheet = chip(device)
-        return None if sheet is None else sheet.tflops
+        return None if sheet is None else sheet.peak(compute)
     key, path = f"{_cpu_name()} x {os.cpu_count()}", os.path.expanduser(cache)
     try:
         with open(path) as file:

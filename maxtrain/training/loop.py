@@ -125,7 +125,7 @@ class Trainer:
         self.evaluate = Evaluator(self.program, sets)
         self.compile_seconds: float | None = time.perf_counter() - start
         self.num_parameters = sum(p.size for p in parameter_table(self.program.state.model).values())
-        peak = config.metrics.peak_tflops or peak_tflops(jax.devices()[0])
+        peak = config.metrics.peak_tflops or peak_tflops(jax.devices()[0], config.precision.compute)
         self.peak = None if peak is None else peak * jax.device_count()
         if self.peers is not None:
             self.peers.meet("compiled")

@@ -104,7 +104,7 @@ def step(program: Any, device: jax.Device, rec: record.Record) -> dict[str, Any]
         "tokens_per_s": rate,
         "step_seconds": each,
         "tflops": done,
-        "mfu": None if sheet is None else done / sheet.tflops,
+        "mfu": None if sheet is None else done / sheet.peak(config.precision.compute),
         "compile_seconds": compiling,
         "first_step_seconds": first,
         "peak_gib": clock.memory_peak_gib(),

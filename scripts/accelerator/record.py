@@ -81,6 +81,7 @@ def describe_jax(record: Record) -> None:
     """Say what jax runs on."""
     start = time.monotonic()
     import jax
+    import jax.extend.backend
     import jaxlib
 
     device = jax.devices()[0]

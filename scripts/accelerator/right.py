@@ -24,6 +24,7 @@ from maxtrain.ops import backends
 from maxtrain.ops.attention import Context
 from maxtrain.ops.causal_attention import Options, causal_attention
 from maxtrain.ops.cudnn_attention import MOST, cudnn_attention
+from maxtrain.ops.linear import products_in
 from maxtrain.parallel.sharding import initialise
 from maxtrain.serving.engine import Engine
 from maxtrain.training.program import put_stop
@@ -46,12 +47,10 @@ def trace(compute: str, names: list[str], steps: int) -> dict[str, dict[str, lis
     found = {}
     for name in names:
         words = (f"precision.compute={compute}", "model.layers=scan", "data.batch_size=4", "data.length=64", "train.attention=xla")
-        program = training.build(
-            training.configure(*MINIATURES[name], *words, "schedule.learning_rate=1e-3", f"train.steps={max(2, steps)}")
-        )
-        with jax.default_device(jax.devices("cpu")[0]):
-            initial = jax.device_get(program.create(0).model)
-        state = program.create(0, jax.device_put(initial, jax.tree.map(lambda s: s.sharding, program.state.model)))
+        config = training.configure(*MINIATURES[name], *words, "schedule.learning_rate=1e-3", f"train.steps={max(2, steps)}")
+        program = training.build(config)
+        drawn = jax.device_get(initialise(training.build(config, "cpu").state.model, 0))  # random numbers differ by rounding elsewhere
+        state = program.create(0, jax.device_put(drawn, jax.tree.map(lambda s: s.sharding, program.state.model)))
         step, given, stop = program.lower_step().compile(), training.batches(program, documents=3), put_stop(False, program.stop)
         rows: dict[str, list[float]] = {"losses": [], "norms": []}
         for _ in range(steps):
@@ -191,7 +190,8 @@ def greedy(program: Any) -> tuple[float, float]:
         at = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         return model.logits(model(tokens, Context(at, jnp.ones_like(at))).hidden)
 
-    logits, worst = np.asarray(forward(model, tokens), np.float64), 0.0
+    with products_in("float32"):
+        logits, worst = np.asarray(forward(model, tokens), np.float64), 0.0
     for row, request in zip(logits, requests, strict=True):
         for place in range(len(request.prompt), len(request.tokens)):
             worst = max(worst, row[place - 1].max() - row[place - 1][request.tokens[place]])

@@ -140,8 +140,11 @@ def main() -> int:
     parts = [part for part in PARTS if options.peer or part.name != "peer"]
     if not options.peer:  # its time goes to the part before it
         parts = [part._replace(seconds=260) if part.name == "fast" else part for part in parts]
+    platforms = os.environ.get("JAX_PLATFORMS", "")
     if options.smoke:
         os.environ["JAX_PLATFORMS"] = "cpu"
+    elif platforms and "cpu" not in platforms.split(","):  # where the weights of the miniatures are drawn
+        os.environ["JAX_PLATFORMS"] = f"{platforms},cpu"
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as cache:

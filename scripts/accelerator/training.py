@@ -21,10 +21,10 @@ def configure(preset: str, *words: str) -> schema.Config:
     return load(f"configs/models/{preset}.yml", [*COMMON, *words]).config
 
 
-def build(config: schema.Config) -> Program:
-    """The program of a config on one device."""
+def build(config: schema.Config, platform: str | None = None) -> Program:
+    """The program of a config on one device, of jax's first platform unless another is named."""
     mesh.start(config.run, config.mesh)
-    device_mesh = mesh.make_mesh(config.mesh, jax.devices()[:1])
+    device_mesh = mesh.make_mesh(config.mesh, jax.devices(platform)[:1])
     return make_program(mesh.resolve(config, device_mesh), Layout(device_mesh, config.mesh.rules))
 
 

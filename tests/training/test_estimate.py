@@ -47,6 +47,25 @@ def test_what_is_computed_again_costs():
     assert kept["none"] > kept["dots"] > kept["full"] > 0
 
 
+def test_gradients_have_the_format_of_their_parameters():
+    layout, found = layout_of(make_config(fsdp=8)), {}
+    for params in ("float32", "bfloat16"):
+        config = meshes.settle(make_config(fsdp=8, precision=schema.Precision(compute="bfloat16", params=params)), on_cpu=True)
+        found[params] = estimate.memory(Work.of(config), layout)
+    assert found["float32"]["gradients"] == 2 * found["bfloat16"]["gradients"] == found["float32"]["parameters"]
+
+
+def test_each_attention_takes_its_own_memory():
+    """Scores of blocks for plain XLA; for cuDNN a number for each token, head and document that has room, in a layer at work."""
+    layout, found = layout_of(make_config(fsdp=8)), {}
+    for name in ("xla", "splash", "cudnn"):
+        config = make_config(fsdp=8, train=schema.Train(attention=name), remat=schema.Remat(policy="full"))
+        work = Work.of(meshes.settle(config, on_cpu=True))
+        found[name] = estimate.memory(work, layout)["a period at work"]
+    assert found["xla"] > found["splash"]
+    assert found["cudnn"] - found["splash"] == 4 * 32 * BATCH * LENGTH / 8 * work.config.model.num_heads
+
+
 def test_traffic_of_fsdp_and_replicas():
     """A step gathers the layers twice and a table once, scatters gradients once, and adds them up between replicas in float32."""
     config = make_config(data=2, fsdp=4)
