@@ -14,7 +14,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -344,42 +343,13 @@ def make_traffic(top: pathlib.Path) -> None:
 
 
 def traffic(top: pathlib.Path, draws: random.Random) -> str:
-    """Ten seconds of four threads that generate, stream, leave early and score, with weights loaded in between."""
-    from maxtrain import LLM, SamplingParams
+    """Ten seconds of threads that generate, stream, leave early, score and load weights, their answers compared with those of one alone."""
+    sys.path.insert(0, str(ROOT / "tests" / "serving"))
+    from traffic import traffic as ask
 
-    llm = LLM(str(top / "whole"), max_requests=8, memory_gib=0.01)
-    end, faults, done = time.monotonic() + 10, [], [0] * 4
+    from maxtrain import LLM
 
-    def client(index: int, own: random.Random) -> None:
-        try:
-            while time.monotonic() < end:
-                params = SamplingParams(max_tokens=own.randint(1, 20), temperature=own.choice((0.0, 1.0)))
-                prompts = ["".join(own.choices("abc 1+", k=own.randint(1, 20))) for _ in range(own.randint(1, 6))]
-                kind = own.randrange(3)
-                if kind == 0:
-                    assert len(llm.generate(prompts, params)) == len(prompts)
-                elif kind == 1:
-                    for number, _ in enumerate(llm.stream(prompts[0], params)):
-                        if number > own.randint(0, 10):
-                            break
-                else:
-                    assert len(llm.score(prompts, ["1+1="] * len(prompts))) == len(prompts)
-                done[index] += 1
-        except BaseException as error:
-            faults.append(repr(error))
-
-    threads = [threading.Thread(target=client, args=(i, random.Random(draws.random())), daemon=True) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    loads = 0
-    while any(thread.is_alive() for thread in threads) and time.monotonic() < end + 60:
-        time.sleep(0.1)
-        if time.monotonic() < end:
-            llm.load(llm.model)
-            loads += 1
-    assert not any(thread.is_alive() for thread in threads), f"{sum(thread.is_alive() for thread in threads)} of 4 threads wait for ever"
-    assert not faults, faults
-    return f"{sum(done)} calls, {loads} loads"
+    return str(ask(LLM(str(top / "whole"), max_requests=8, memory_gib=0.01), 10, draws.randrange(2**31)))
 
 
 PARTS = {  # what is made once, what makes an item, and seconds that an item may take

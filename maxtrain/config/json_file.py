@@ -33,7 +33,7 @@ def parse_object(data: bytes, place: str) -> dict[str, Any]:
     """
     try:
         text = data.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=_object)
+        value = json.loads(text, object_pairs_hook=each_key_once)
         if SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode("utf-8")  # raises for half a character
     except Refused as refusal:
@@ -47,7 +47,8 @@ def parse_object(data: bytes, place: str) -> dict[str, Any]:
     return value
 
 
-def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+def each_key_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs, for `json.loads(object_pairs_hook=)`; `Refused` for a key that is there twice."""
     found = dict(pairs)
     if len(found) != len(pairs):
         twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]

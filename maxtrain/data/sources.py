@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from maxtrain.config.errors import Refused
+from maxtrain.config.json_file import each_key_once
 from maxtrain.config.paths import expand
 from maxtrain.config.regular_file import open_regular
 from maxtrain.config.schema import Source
@@ -179,9 +180,9 @@ def _jsonl(source: Source) -> Iterator[Document]:
 def _field(line: str, field: str, where: str) -> str:
     """The text under `field` of one JSONL line."""
     try:
-        record = json.loads(line, object_pairs_hook=_object)
-    except _Twice as error:
-        raise Refused(f"{where}: the key {error} is there twice; remove one of them") from None
+        record = json.loads(line, object_pairs_hook=each_key_once)
+    except Refused as refusal:
+        raise Refused(f"{where}: {refusal}") from None
     except (ValueError, RecursionError) as error:
         if where.endswith(":1") and line.strip() in ("[", "{", "[{"):
             kind = "object" if line.strip() == "{" else "array"
@@ -205,18 +206,6 @@ def _field(line: str, field: str, where: str) -> str:
     except UnicodeEncodeError as error:
         raise Refused(f"{where}: {field!r} has half a surrogate pair at character {error.start}, which is no text; correct it") from error
     return text
-
-
-class _Twice(ValueError):
-    """The name of a key that an object has twice."""
-
-
-def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise _Twice(repr(next(name for name in names if names.count(name) > 1)))
-    return found
 
 
 def _synthetic(source: Source) -> Iterator[Document]:

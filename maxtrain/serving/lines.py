@@ -7,18 +7,21 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from maxtrain.config.errors import Refused
+from maxtrain.config.json_file import each_key_once
+from maxtrain.config.regular_file import read_bytes
+
+MAX_BYTES = 2**30  # of a file
 
 
 def read(path: str) -> list[str]:
     """The lines of a file, which end where a line break is and nowhere else.
 
     Raises:
-        Refused: it cannot be read as UTF-8.
+        Refused: it is no regular file of at most `MAX_BYTES`, or cannot be read as UTF-8.
     """
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            return file.read().split("\n")
-    except (OSError, ValueError) as error:  # a path with NUL is a ValueError
+        return read_bytes(path, MAX_BYTES).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    except UnicodeDecodeError as error:
         raise Refused(f"{path}: cannot be read: {error}") from error
 
 
@@ -32,7 +35,7 @@ def objects(path: str, allowed: Sequence[str]) -> Iterator[tuple[int, dict[str, 
         if not line.strip():
             continue
         try:
-            item = json.loads(line, object_pairs_hook=_each_key_once, parse_constant=_no_number)
+            item = json.loads(line, object_pairs_hook=each_key_once, parse_constant=_no_number)
         except Refused as refusal:
             raise Refused(f"{path}:{number}: {refusal}") from None
         except (ValueError, RecursionError) as error:
@@ -43,14 +46,6 @@ def objects(path: str, allowed: Sequence[str]) -> Iterator[tuple[int, dict[str, 
         if unknown:
             raise Refused(f"{path}:{number}: unknown key {unknown[0]}; allowed are {', '.join(allowed)}")
         yield number, item
-
-
-def _each_key_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    twice = [key for key, _ in pairs if sum(key == other for other, _ in pairs) > 1] if len(found) < len(pairs) else []
-    if twice:
-        raise Refused(f"the key {twice[0]} is there twice: remove one of them")
-    return found
 
 
 def _no_number(name: str) -> NoReturn:

@@ -1,5 +1,7 @@
 """The forms of prompts: what is one and what is several, and which integers, texts and lines are taken."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -91,8 +93,8 @@ def test_half_a_character_is_no_text():
         ("{", r"a\.jsonl:2: not JSON"),
         ("[" * 10**5, r"a\.jsonl:2: not JSON"),
         ("[1]", "write an object"),
-        ('{"prompt": "a", "prompt": "b"}', "the key prompt is there twice"),
-        ('{"prompt": {"x": 1, "x": 2}}', "the key x is there twice"),
+        ('{"prompt": "a", "prompt": "b"}', "the key 'prompt' is there twice"),
+        ('{"prompt": {"x": 1, "x": 2}}', "the key 'x' is there twice"),
         ('{"prompt": NaN}', "NaN is no number"),
         ('{"prompt": "a", "best_of": 2}', "unknown key best_of; allowed are prompt, stop"),
     ],
@@ -109,6 +111,11 @@ def test_a_line_ends_where_a_line_break_is(tmp_path):
         (1, "a\u2028b\x0cc"),
         (3, "d"),
     ]
-    for name in ("nowhere", "a\0b", "."):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    for name in ("nowhere", "a\0b", str(tmp_path / "latin.txt")):
         with pytest.raises(Refused, match="cannot be read"):
+            lines.read(name)
+    for name in (".", str(tmp_path / "fifo"), "/dev/zero"):  # which would never end
+        with pytest.raises(Refused, match="a regular file is expected"):
             lines.read(name)
