@@ -80,7 +80,7 @@ def decode_params(tokens, **asked):
         ("{", r"q\.jsonl:1: not JSON"),
         ('{"prompt": "a"}', "write either choices and answer, or target"),
         ('{"prompt": "a", "target": "x", "answer": 0}', "write either choices and answer, or target"),
-        ('{"prompt": "a", "target": "x", "target": "y"}', "the key target is there twice"),
+        ('{"prompt": "a", "target": "x", "target": "y"}', "the key 'target' is there twice"),
         ('{"prompt": "a\\ud800", "target": "x"}', "half of a surrogate pair"),
         ('{"prompt": "a", "choices": ["x"], "answer": 0}', "at least two texts"),
         ('{"prompt": "a", "choices": ["x", "y"], "answer": 2}', "an index from 0 to 1"),
@@ -144,7 +144,7 @@ def test_a_line_of_a_file_says_what_it_asks_for_and_gets_its_id_back(trained, tm
         ('{"prompt": "a", "messages": []}', "write an object with either prompt"),
         ('{"prompt": null}', "write an object with either prompt"),
         ('{"messages": "hi"}', "messages is a list of objects"),
-        ('{"prompt": "a", "prompt": "b"}', "the key prompt is there twice"),
+        ('{"prompt": "a", "prompt": "b"}', "the key 'prompt' is there twice"),
     ],
 )
 def test_a_line_that_is_no_prompt_is_refused_before_the_model_is_opened(tmp_path, line, message):
