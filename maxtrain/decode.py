@@ -39,6 +39,7 @@ OPTIONS = {
     "temperature": "0 takes the likeliest token, 1 samples from the model's distribution: serve.sampling.temperature.",
     "seed": "Seed of the sampling: serve.seed.",
 }
+FLAGS = {"special": "Special tokens that are spelled out in prompts and messages, such as <|im_start|>, count as such, not as text."}
 SAMPLES = {"top_k", "top_p", "min_p", "seed"}  # what a temperature of 0 has no use for
 SHORT = {"tokens": "serve.sampling.max_tokens", "temperature": "serve.sampling.temperature", "seed": "serve.seed"}
 
@@ -87,14 +88,15 @@ def _sampling(place: str, usual: SamplingParams, given: Mapping[str, Any]) -> Sa
         raise Refused("\n".join(found)) from None
 
 
-def generate(llm: LLM, prompts: Sequence[Asked]) -> list[Output]:
-    """The outputs in the order of the prompts, conversations answered by the chat template."""
+def generate(llm: LLM, prompts: Sequence[Asked], special: bool = False) -> list[Output]:
+    """The outputs in the order of the prompts, conversations answered by the chat template; `special` as in `LLM.generate`."""
     params = [_sampling("serve.sampling", llm.config.serve.sampling, asked.sampling) for asked in prompts]
     outputs: dict[int, Output] = {}
     for ask, talk in ((llm.chat, True), (llm.generate, False)):
         chosen = [index for index, asked in enumerate(prompts) if forms.is_conversation(asked.prompt) == talk]
         given = [prompts[index].prompt for index in chosen]
-        found = ask(given, [params[index] for index in chosen], progress=cli.is_terminal(sys.stderr)) if given else []
+        wanted = [params[index] for index in chosen]
+        found = ask(given, wanted, progress=cli.is_terminal(sys.stderr), special=special) if given else []
         outputs |= zip(chosen, found, strict=True)
     return [outputs[index] for index in range(len(prompts))]
 
@@ -115,8 +117,8 @@ def record(asked: Asked, output: Output, step: int | None) -> dict[str, Any]:
     return line | ({"samples": [item.text for item in output.completions]} if len(output.completions) > 1 else {})
 
 
-def chat(llm: LLM, console: Console) -> None:
-    """Answer what is typed, token by token, until the input ends."""
+def chat(llm: LLM, console: Console, special: bool = False) -> None:
+    """Answer what is typed, token by token, until the input ends; `special` as in `LLM.generate`."""
     console.print("Type a message; Ctrl-C ends an answer, Ctrl-D the chat.", style="dim")
     messages: list[dict[str, str]] = []
     while True:
@@ -124,10 +126,10 @@ def chat(llm: LLM, console: Console) -> None:
             said = console.input("[bold]> [/bold]")
         except (EOFError, KeyboardInterrupt):
             return
-        messages = _answer(llm, console, [*messages, {"role": "user", "content": said}])
+        messages = _answer(llm, console, [*messages, {"role": "user", "content": said}], special)
 
 
-def _answer(llm: LLM, console: Console, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+def _answer(llm: LLM, console: Console, messages: list[dict[str, str]], special: bool) -> list[dict[str, str]]:
     """The conversation with an answer to its last message, without its oldest turns where it would be refused with them.
 
     A message that is refused even alone is taken back, and the conversation stays as it was before.
@@ -135,7 +137,7 @@ def _answer(llm: LLM, console: Console, messages: list[dict[str, str]]) -> list[
     for first in range(0, len(messages), 2):
         answer = ""
         try:
-            for delta in llm.stream(messages[first:]):
+            for delta in llm.stream(messages[first:], special=special):
                 if first and not answer:
                     console.print(f"(without the first {first} messages, which no longer fit)", style="dim")
                 answer += delta.text
@@ -194,6 +196,7 @@ def _prompts(arguments: cli.Arguments) -> list[Asked]:
     options = arguments.options
     if options["eval"]:
         useless = [name for name in ("prompt", "file", "tokens", "temperature") if options[name]]
+        useless += ["special"] if arguments.flags["special"] else []
         if useless:
             raise Refused(f"--{useless[0]} has no effect with --eval, which asks the questions of its file: leave one of them out")
         return []
@@ -218,7 +221,7 @@ def _prompts(arguments: cli.Arguments) -> list[Asked]:
 
 def main(argv: Sequence[str]) -> int:
     """Print a continuation of each prompt, write the results, and say how fast it went."""
-    arguments = cli.parse(argv, usage=USAGE, options=OPTIONS, positional="MODEL", overrides=False, assignments=True)
+    arguments = cli.parse(argv, usage=USAGE, flags=FLAGS, options=OPTIONS, positional="MODEL", overrides=False, assignments=True)
     overrides, prompts, out = _overrides(arguments), _prompts(arguments), cli.one(arguments, "out")
     file = None if out is None else cli.open_output(out, "a")
     from maxtrain.llm import LLM
@@ -234,14 +237,14 @@ def main(argv: Sequence[str]) -> int:
             print(line, flush=True)
         return 0
     if not prompts:
-        chat(llm, Console())
+        chat(llm, Console(), arguments.flags["special"])
         return 0
-    return _batch(llm, prompts, file)
+    return _batch(llm, prompts, file, arguments.flags["special"])
 
 
-def _batch(llm: LLM, prompts: Sequence[Asked], file: TextIO | None) -> int:
+def _batch(llm: LLM, prompts: Sequence[Asked], file: TextIO | None, special: bool) -> int:
     console, start = Console(stderr=True), time.perf_counter()
-    outputs = generate(llm, prompts)
+    outputs = generate(llm, prompts, special)
     seconds = time.perf_counter() - start
     if file is None and llm.folder is not None:
         try:

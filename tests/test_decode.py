@@ -187,7 +187,7 @@ def test_a_checkpoint_is_only_looked_at(trained, capsys, monkeypatch):
 class Talk:
     """A model that answers in capitals, and refuses what is longer than its context or improper."""
 
-    def stream(self, messages):
+    def stream(self, messages, special=False):
         said = "".join(message["content"] for message in messages)
         if len(said) > 12 or "!" in said:
             raise Refused(f"{len(said)} characters exceed the context")

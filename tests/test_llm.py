@@ -17,6 +17,7 @@ def rows(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_samples_and_answers_within_training(trained, tmp_path, cache_dir):
     questions = tmp_path / "q.jsonl"
     questions.write_text(json.dumps({"prompt": "ab", "choices": ["zz", "ab", "q"], "answer": 1}) + "\n")

@@ -26,7 +26,7 @@ SETTINGS = ["train.steps=120", "checkpoint.every=10", "eval.every=40"]
 def start(folder, *overrides, devices=1):
     """The command as a user gives it, in a process of its own."""
     command = [sys.executable, "-m", "maxtrain.train", "tests/tiny.yml", f"run.dir={folder}", f"data.cache_dir={folder.parent}/data"]
-    env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {os.environ['MAXTRAIN_TEST_COMPILE']}"}
     return subprocess.Popen([*command, *SETTINGS, *overrides], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
 
 
@@ -107,6 +107,7 @@ def whole(tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 def test_killed_runs_give_the_losses_of_an_uninterrupted_one(whole, tmp_path):
     folder = tmp_path / "run"
     kill_and_finish(folder, [being_written(folder), lambda: last_step(folder) >= 67])

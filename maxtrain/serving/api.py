@@ -100,8 +100,10 @@ class LLM:
         self._serve(tickets, progress)
         return [ticket.output() for ticket in tickets]
 
-    def stream(self, prompt: Prompt | Conversation, params: SamplingParams | None = None, *, priority: int = 0) -> Iterator[Delta]:
-        """Continue a prompt or answer a conversation, piece by piece; a stream that is closed early ends the request.
+    def stream(
+        self, prompt: Prompt | Conversation, params: SamplingParams | None = None, *, priority: int = 0, special: bool = False
+    ) -> Iterator[Delta]:
+        """Continue a prompt or answer a conversation, piece by piece, else as `generate`; a stream closed early ends the request.
 
         Raises:
             Refused: the request cannot be served.
@@ -110,7 +112,7 @@ class LLM:
         requests: list[Request] = []
         self._check_may_wait()
         try:
-            self.driver.post(self._streaming(prompt, params, priority, news.put, requests), news.put)
+            self.driver.post(self._streaming(prompt, params, priority, special, news.put, requests), news.put)
             while isinstance(item := news.get(), Delta):
                 yield item
                 if item.finish_reason is not None:
@@ -120,7 +122,7 @@ class LLM:
             self.driver.abort(requests)
 
     async def astream(
-        self, prompt: Prompt | Conversation, params: SamplingParams | None = None, *, priority: int = 0
+        self, prompt: Prompt | Conversation, params: SamplingParams | None = None, *, priority: int = 0, special: bool = False
     ) -> AsyncIterator[Delta]:
         """`stream` for asyncio."""
         loop, news = asyncio.get_running_loop(), asyncio.Queue[Any]()
@@ -131,7 +133,7 @@ class LLM:
 
         self._check_may_wait()
         try:
-            add = await asyncio.to_thread(self._streaming, prompt, params, priority, put, requests)
+            add = await asyncio.to_thread(self._streaming, prompt, params, priority, special, put, requests)
             self.driver.post(add, put)
             while isinstance(item := await news.get(), Delta):
                 yield item
@@ -142,11 +144,18 @@ class LLM:
             self.driver.abort(requests)
 
     def _streaming(
-        self, prompt: Any, params: SamplingParams | None, priority: int, put: Callable[[Any], None], requests: list[Request]
+        self,
+        prompt: Any,
+        params: SamplingParams | None,
+        priority: int,
+        special: bool,
+        put: Callable[[Any], None],
+        requests: list[Request],
     ) -> Callable[[], None]:
         """What takes up a streamed request in the engine's thread, and adds it to `requests`; `put` is given all that is new of it."""
         params = self.config.serve.sampling if params is None else params
-        ids, sent = self._encode_chat(prompt) if forms.is_conversation(prompt) else self._encode(prompt), [0, 0]
+        encode, sent = self._encode_chat if forms.is_conversation(prompt) else self._encode, [0, 0]
+        ids = encode(prompt, special)
         if isinstance(params, SamplingParams) and params.n > 1:
             raise Refused(f"n={params.n}: a stream is of one sample")
         self.engine.check(ids, params)

@@ -237,7 +237,8 @@ class Engine:
         found = [tuple(map(int, ids)) for ids in self.tokenizer.encode_batch([prefix + word for word in words for prefix in ("", " ")])]
         if () in found:
             raise Refused(f"bad_words: {words[found.index(()) // 2]!r} has no tokens, so it cannot be kept from coming: remove it")
-        return sorted(set(found))
+        special = self.tokenizer.boundaries.special
+        return sorted({*found, *((special[word],) for word in words if word in special)})
 
     def queue(self, request: Request) -> Request:
         """Take up a request of `prepare`."""

@@ -39,7 +39,7 @@ MINIATURES = {
     "latent attention": ("deepseek-v2-tiny", "model.init_scale=2.0"),
     "windows": ("gemma3-tiny", "model.slots.sliding.window=16"),
 }
-SMOKE = ("dense",)
+SMOKE = ("dense", "mixture")
 
 
 def trace(compute: str, names: list[str], steps: int) -> dict[str, dict[str, list[float]]]:
@@ -165,7 +165,7 @@ def refusals(rec: record.Record) -> None:
 
 def engine_against_forward(rec: record.Record) -> None:
     """Tokens that the engine takes greedily, in float32, beside the training forward over what it wrote."""
-    for name in SMOKE[:1] if rec.smoke else MINIATURES:
+    for name in SMOKE if rec.smoke else MINIATURES:
         with rec.trying(f"engine, {name}"):
             words = ("precision.compute=float32", "model.layers=scan", "data.length=64", "serve.max_requests=4", "serve.max_length=96")
             program = training.build(training.configure(*MINIATURES[name], *words, "serve.deterministic=true", "serve.memory_gib=0.05"))

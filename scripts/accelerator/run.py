@@ -42,7 +42,7 @@ FAST = {
     "1B dense, 8,192: xla": 70,
 }
 PEER = {"1B dense, 2,048": 60, "1B dense, 8,192": 60}
-TOY_FAST = ("ceilings", "1B dense, 2,048: cudnn", "1B dense, 2,048: xla")
+TOY_FAST = ("ceilings", "1B dense, 2,048: cudnn", "1B dense, 2,048: xla", "7B mixture, 2,048: xla")
 PARTS = (
     Part("right", 100, RIGHT, tuple(RIGHT)),
     Part("fast", 185, FAST, TOY_FAST),

@@ -203,7 +203,7 @@ def test_packed_documents_do_not_see_each_other():
     assert np.abs(before[:, :13] - after[:, :13]).max() > 0.01
 
 
-@pytest.mark.parametrize("policy", ["dots", "full"])
+@pytest.mark.parametrize("policy", [pytest.param("dots", marks=pytest.mark.slow), "full"])
 def test_remat_changes_no_gradient(policy):
     tokens, context = inputs()
     loss = jax.jit(jax.grad(lambda m: jnp.sum(jnp.square(m.logits(m(tokens, context).hidden)))))

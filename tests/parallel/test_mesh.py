@@ -212,6 +212,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of glibc")
+@pytest.mark.slow
 def test_freed_memory_is_kept_even_above_2_gib():
     """A block of the size of a real step's temporaries costs page faults once."""
     done = subprocess.run([sys.executable, "-c", KEEPING], capture_output=True, text=True, check=True)

@@ -94,6 +94,23 @@ def test_streams_give_what_waiting_gives(llm):
         assert "".join(delta.text for delta in found) == want.text
 
 
+def test_special_tokens_that_are_spelled_out_count_where_asked(llm):
+    want = llm.generate([[256, *b"a", 257, *b"b"]], GREEDY)[0].token_ids
+    assert llm.generate("a<|eos|>b", GREEDY, special=True)[0].token_ids == want
+    assert [delta.token_ids[0] for delta in llm.stream("a<|eos|>b", GREEDY, special=True)] == want
+    plain = llm.generate("a<|eos|>b", GREEDY)[0]
+    assert plain.prompt_token_ids == [256, *b"a<|eos|>b"]
+    assert [delta.token_ids[0] for delta in llm.stream("a<|eos|>b", GREEDY)] == plain.token_ids
+
+
+def test_a_special_token_can_be_a_word_that_never_comes(llm):
+    forced = GREEDY.model_copy(update={"logit_bias": {257: 100.0}})
+    assert llm.generate("a", forced)[0].completions[0].finish_reason == "stop"
+    kept = llm.generate("a", forced.model_copy(update={"bad_words": ("<|eos|>",)}))[0].completions[0]
+    assert kept.finish_reason == "length"
+    assert 257 not in kept.token_ids
+
+
 def test_a_stream_that_is_closed_ends_its_request(llm):
     stream = llm.stream("copy", SamplingParams(max_tokens=50, ignore_eos=True))
     next(stream)

@@ -44,6 +44,7 @@ MODELS = {
         "moe": {"num_experts": 4, "experts_per_token": 2, "mlp": 24},
     },
 }
+OFTEN = ("llama", "windows", "scan")  # seen by other tests of the short tier
 SETS = {
     "greedy": {"temperature": 0.0},
     "warm": {"temperature": 1.0, "seed": 3},
@@ -82,7 +83,7 @@ def llama():
     return build()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in OFTEN else ()) for name in MODELS])
 def test_greedy_tokens_and_scores_are_those_of_the_training_forward(name):
     engine, model = build(**MODELS[name])
     asked = SamplingParams(temperature=0.0, max_tokens=12, logprobs=2, prompt_logprobs=1)
@@ -358,7 +359,7 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", ["tensor", *(pytest.param(name, marks=pytest.mark.slow) for name in MESHES if name != "tensor")])
 def test_eight_devices_give_what_one_gives(name):
     model = MODELS[{"expert": "moe", "latent": "latent"}.get(name, "scan")]
     model = model | {"vocab_size": 64}
@@ -374,6 +375,7 @@ def test_eight_devices_give_what_one_gives(name):
         np.testing.assert_allclose(scores, wanted, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_longrope_is_served_within_the_original_length():
     factors = {"short_factors": [1.0, 1.5, 2.0, 2.5], "long_factors": [2.0, 3.0, 4.0, 5.0]}
     rope = {"scaling": {"kind": "longrope", "factor": 4.0, "original_length": 32, **factors}}

@@ -106,6 +106,7 @@ def answers(engine):
     return tokens, [[value for value, _ in request.data.logprobs] for request in requests]
 
 
+@pytest.mark.slow
 def test_true_guesses_are_all_taken_and_no_token_changes():
     """Also with noise: the module draws with the noise that its guess is checked with."""
     engine, _ = speculating(0.0, **GQA)

@@ -1,6 +1,7 @@
 """SIGTERM and SIGINT of a command, whatever its main thread is doing, and of a library."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -47,7 +48,7 @@ def test_the_first_signal_is_remembered_and_the_second_ends_a_command_at_once(wo
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert "ended by SIGINT, a second signal" in errors
+    assert re.search("ended by (SIGINT|SIGTERM), a second signal", errors)  # of two that wait, the system delivers either first
 
 
 def test_in_a_library_the_second_signal_is_not_caught():

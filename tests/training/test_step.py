@@ -36,8 +36,8 @@ def assert_same(rows, reference):
     np.testing.assert_allclose(norms(rows), norms(reference), rtol=1e-4)
 
 
-# (model, data, fsdp, microbatches): every value of each once, and all combinations in the long tier
-SHORT = [("dense", 1, 2, 4), ("dense", 2, 4, 1), ("dropless", 2, 2, 2), ("capacity", 8, 1, 1)]
+# (model, data, fsdp, microbatches): all combinations in the long tier
+SHORT = [("dense", 2, 4, 1), ("dropless", 2, 2, 2)]
 LONG = [(m, d, f, n) for m in MODELS for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) for n in (1, 2, 4) if d * f * n <= BATCH and d * f * n > 1]
 
 
@@ -92,11 +92,11 @@ LATENT = schema.Model(
 BOXED = BIASED.model_copy(update={"moe": BIASED.moe.model_copy(update={"dispatch": "capacity"})})
 AXES_SHORT = [
     ("dense", {"fsdp": 2, "axes": {"tensor": 2}}),
-    (LATENT, {"fsdp": 2, "axes": {"tensor": 2}}),
     (LATENT, {"data": 2, "axes": {"context": 2}}),  # a ring in the balanced order
 ]
 RING = {"context": 4, "context_attention": "ring"}
 AXES_LONG = [
+    (LATENT, {"fsdp": 2, "axes": {"tensor": 2}}),
     ("dense", {"axes": {"tensor": 2}}),
     ("dense", {"axes": {"tensor": 4}}),  # two devices share a kv head
     ("dense", {"axes": {"context": 2}}),
@@ -174,8 +174,9 @@ def deeper(model, num_layers, **keys):
 
 ROUNDS = {"stage": 2, "pipeline_repeats": 2}
 PREFIXED = deeper(WINDOWED, 6, prefix=("local",))  # the body is two periods of two, with a layer before and one behind
-STAGES_SHORT = [(deeper("dense", 4), {"fsdp": 2, "axes": ROUNDS}), ("dropless", {"axes": {"stage": 2, "expert": 2}})]
+STAGES_SHORT = [(deeper("dense", 4), {"fsdp": 2, "axes": ROUNDS})]
 STAGES_LONG = [
+    ("dropless", {"axes": {"stage": 2, "expert": 2}}),
     ("dense", {"axes": {"stage": 2}}),
     ("dense", {"axes": {"stage": 2, "pipeline_microbatches": 2}}),
     ("dense", {"data": 2, "axes": {"stage": 2, "tensor": 2}}),
@@ -211,6 +212,7 @@ def test_stages_change_nothing(model, layout):
         np.testing.assert_allclose([row[name] for row in found], [row[name] for row in reference], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_scan_gives_the_unrolled_losses_and_checkpoint(tmp_path):
     slots = {"local": schema.Slot(window=9), "moe": schema.Slot(feed_forward="moe")}
     model = schema.Model(
