@@ -31,6 +31,7 @@ def whole(q, k, v, segments, sinks, options):
         (150, Options(window=7), False, 5),
         (150, Options(window=100, softcap=1.5), True, 12),
         (150, Options(softcap=0.5), False, 8),
+        pytest.param(2100, Options(), True, 8, marks=pytest.mark.slow),
         (1100, Options(window=65), False, 8),
         (1100, Options(window=700, softcap=2.0), True, 5),
     ],

@@ -14,7 +14,7 @@ from maxtrain.parallel import mesh, sharding
 from maxtrain.parallel.sharding import Layout
 
 
-@pytest.mark.parametrize("length", [1, 5, 1000, 1024, 1025, 1100, 2048, 3000])
+@pytest.mark.parametrize("length", [1, 5, 1000, 1025, 2048, 2049, 2100, 3000])
 @pytest.mark.parametrize("window", [None, 1, 65, 600, 1024, 1500])
 def test_every_pair_is_met_once_and_little_else(length, window):
     """Blocks and tiles together hold each key that a query sees once; all that they hold besides is at most a span a query."""
