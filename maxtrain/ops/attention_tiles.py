@@ -1,8 +1,8 @@
 """Which blocks of queries meet which blocks of keys, and the loops over them: memory grows with the length, not with its square.
 
-A sequence of more than 2,048 tokens is cut into spans of at most 1,024. Within a span, blocks of queries are unrolled, each with the keys that its
-causal mask and window leave; the spans follow one another in a loop. Queries meet keys outside of their span in tiles of fixed
-size, one after the other, and what a row has seen is put together in float32. What no query of a tile may see is not computed.
+A sequence of more than 2,048 tokens is cut into spans of at most 1,024. Within a span, blocks of queries are unrolled, each with the
+keys that its causal mask and window leave; the spans follow one another in a loop. Queries meet keys outside of their span in tiles of
+fixed size, one after the other, and what a row has seen is put together in float32. What no query of a tile may see is not computed.
 """
 
 import math
