@@ -53,9 +53,9 @@ class Model(Section):
     """Multi-head latent attention (DeepSeek-V2 and V3); null is grouped-query attention."""
     max_length: PositiveInt = 2048
     """Longest context the model is meant for, in tokens."""
-    norm: Literal["rms", "rms_one_plus", "layer"] = "rms"
-    """`rms`: root-mean-square norm with a scale. `rms_one_plus`: the scale is 1 + w, all in float32 (Gemma).
-    `layer`: mean removed, a scale and no bias."""
+    norm: Literal["rms", "rms_float32", "rms_one_plus", "layer"] = "rms"
+    """`rms`: root-mean-square norm with a scale, multiplied in the compute format (Llama). `rms_float32`: it is multiplied in
+    float32 (OLMo 2, GPT-OSS). `rms_one_plus`: the scale is 1 + w, all in float32 (Gemma). `layer`: mean removed, a scale and no bias."""
     norm_eps: PositiveFloat = 1e-5
     """Epsilon of the norms."""
     norm_placement: Literal["pre", "post", "sandwich", "parallel"] = "pre"

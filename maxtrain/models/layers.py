@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from maxtrain.config import schema
 from maxtrain.ops.gated import GATED
 from maxtrain.ops.linear import add_bias, linear
-from maxtrain.ops.norm import layer_norm, one_plus_rms_norm, rms_norm
+from maxtrain.ops.norm import float32_rms_norm, layer_norm, one_plus_rms_norm, rms_norm
 from maxtrain.parallel.sharding import constrain, param
 
 PRODUCT = "product"  # what remat calls the products with weights
@@ -23,6 +23,7 @@ def matmul(x: jax.Array, weight: nnx.Param, bias: nnx.Param | None = None) -> ja
 
 NORMS: dict[str, tuple[Callable[..., jax.Array], float | None]] = {
     "rms": (rms_norm, None),
+    "rms_float32": (float32_rms_norm, None),
     "rms_one_plus": (one_plus_rms_norm, 0.0),
     "layer": (layer_norm, None),
 }  # (norm, spread of the scale)

@@ -32,9 +32,14 @@ def _backward(eps: float, saved: tuple[jax.Array, ...], dy: jax.Array) -> tuple[
 rms_norm.defvjp(_forward, _backward)
 
 
+def float32_rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """The norm with its scale multiplied in float32, before the one rounding to the format of x (OLMo 2, GPT-OSS)."""
+    return rms_norm(x.astype(jnp.float32), scale.astype(jnp.float32), eps).astype(x.dtype)
+
+
 def one_plus_rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """The norm with 1 + scale in place of the scale, all of it in float32 (Gemma)."""
-    return rms_norm(x.astype(jnp.float32), 1.0 + scale.astype(jnp.float32), eps).astype(x.dtype)
+    return float32_rms_norm(x, 1.0 + scale.astype(jnp.float32), eps)
 
 
 def layer_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

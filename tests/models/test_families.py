@@ -10,6 +10,7 @@ import json
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from meta import our_tensors, their_tensors
@@ -19,6 +20,7 @@ from maxtrain.config import Refused, load, schema
 from maxtrain.models import families
 from maxtrain.models.decoder import Decoder
 from maxtrain.models.families.family import function
+from maxtrain.models.layers import NORMS
 from maxtrain.ops.attention import Context
 from maxtrain.ops.loss import cross_entropy
 from maxtrain.parallel.sharding import path_name
@@ -67,6 +69,13 @@ def reference(family, name):
     return model
 
 
+def case_config(family, name):
+    """The config.json of a case."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(LIKE.get(family, family), **CASES[family][name]).to_dict() | {"model_type": family}
+
+
 def save(family, name, folder):
     """The reference, and its folder under the family's own name."""
     model = reference(family, name)
@@ -102,6 +111,19 @@ def error(got, want):
 
 def context(tokens):
     return Context(np.tile(np.arange(tokens.shape[1], dtype=np.int32), (len(tokens), 1)), np.ones(tokens.shape, np.int32))
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_the_norm_rounds_as_the_reference_does(family):
+    """In bfloat16, where the scale is multiplied before or after the rounding: of two ways, every third number is another."""
+    torch = pytest.importorskip("torch")
+    name = next(iter(CASES[family]))
+    norm = reference(family, name).model.norm.to(torch.bfloat16)
+    _, model = families.read(case_config(family, name))
+    x = torch.randn(200, model.embed).to(torch.bfloat16)
+    scale, given = (jnp.asarray(value.detach().float().numpy()).astype(jnp.bfloat16) for value in (norm.weight, x))
+    got, want = np.asarray(NORMS[model.norm][0](given, scale, model.norm_eps), np.float32), norm(x).detach().float().numpy()
+    assert np.mean(got != want) < 0.01
 
 
 @pytest.mark.parametrize(("family", "name"), EVERY)

@@ -83,6 +83,7 @@ def function(model: schema.Model) -> dict[str, Any]:
     skip = NOT_FUNCTION | {"slots", "prefix", "layer_pattern", "rope", "moe", "mtp", "head_dim"}
     values: dict[str, Any] = {name: getattr(model, name) for name in schema.Model.model_fields if name not in skip}
     values["head_dim"] = model.head_width
+    values["norm"] = "rms" if model.norm == "rms_float32" else model.norm  # one rounding apart, and only in bfloat16
     values["mtp"] = model.mtp and {name: getattr(model.mtp, name) for name in schema.Mtp.model_fields if name not in NOT_FUNCTION_MTP}
     values["layers"] = [model.slots[kind].model_copy(update={"rope": model.slots[kind].rope or model.rope}) for kind in model.kinds]
     if all(model.slots[kind].feed_forward == "moe" for kind in model.kinds):

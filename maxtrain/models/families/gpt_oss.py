@@ -43,6 +43,7 @@ def _read(fields: Fields) -> schema.Model:
     types = pattern.layer_types(fields, 2)
     windows = dict(zip(TYPES, (window, None), strict=True))
     return schema.Model(
+        norm="rms_float32",
         **shared | {"activation": "clamped_swiglu", "head_dim": fields.get("head_dim", 64)},
         rope=rotary,
         qkv_bias=biased,

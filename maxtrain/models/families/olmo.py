@@ -14,7 +14,7 @@ NORMS = {"attention_post_norm": "post_attention_layernorm", "feed_forward_post_n
 
 def _shared(fields: Fields) -> dict[str, Any]:
     bias = fields.get("attention_bias", False)
-    parts = {"norm_placement": "post", "qk_norm": "projection", "qkv_bias": bias, "out_bias": bias}
+    parts = {"norm": "rms_float32", "norm_placement": "post", "qk_norm": "projection", "qkv_bias": bias, "out_bias": bias}
     return {**base(fields, eps=1e-5), "mlp": fields.need("intermediate_size"), **parts}
 
 
