@@ -2,13 +2,15 @@
 
 `pip install -e '.[hf]'`, then `python scripts/bench_step.py [--shapes small,smollm2-135m] [--rounds 5]`. Each trainer is
 a process of its own; they take steps in turn, so that a change of the machine's speed meets both, and medians are compared.
-Both train in float32 with AdamW on the same random tokens.
+Both train in float32 with AdamW on the same random tokens. `--lengths 1024,4096,16384` trains the small shape on one sequence
+of each length instead, and says what each process took from memory.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -18,6 +20,13 @@ SHAPES = {  # name: (model, batch, length, steps a round)
     "small": ({"vocab_size": 4096, "embed": 384, "mlp": 1024, "num_layers": 6, "num_heads": 6, "num_kv_heads": 2}, 8, 256, 3),
     "smollm2-135m": ({"vocab_size": 49152, "embed": 576, "mlp": 1536, "num_layers": 30, "num_heads": 9, "num_kv_heads": 3}, 2, 512, 1),
 }
+
+
+def find(shape: str) -> tuple[dict, int, int, int]:
+    """(model, batch, length, steps a round) of `SHAPES`, or of `small@LENGTH`: one sequence of that length."""
+    name, _, length = shape.partition("@")
+    model, batch, usual, steps = SHAPES[name]
+    return (model | {"max_length": int(length)}, 1, int(length), 1) if length else (model, batch, usual, steps)
 
 
 def maxtrain_step(model: dict, batch: int, length: int):
@@ -67,7 +76,7 @@ def torch_step(model: dict, batch: int, length: int):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     names = {"embed": "hidden_size", "mlp": "intermediate_size", "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads"}
-    names |= {"num_kv_heads": "num_key_value_heads"}
+    names |= {"num_kv_heads": "num_key_value_heads", "max_length": "max_position_embeddings"}
     config = LlamaConfig(**{names.get(key, key): value for key, value in model.items()}, tie_word_embeddings=True, use_cache=False)
     torch.manual_seed(0)
     net = LlamaForCausalLM(config).train()
@@ -91,7 +100,7 @@ TRAINERS = {"maxtrain": maxtrain_step, "torch": torch_step}
 
 def work(name: str, shape: str) -> None:
     """The process of one trainer: for every line on standard input, take a round of steps and print its seconds and loss."""
-    model, batch, length, steps = SHAPES[shape]
+    model, batch, length, steps = find(shape)
     step, operations = TRAINERS[name](model, batch, length)
     step()
     peak = 0.0
@@ -106,22 +115,25 @@ def work(name: str, shape: str) -> None:
         start, loss = time.perf_counter(), 0.0
         for _ in range(steps):
             loss = step()
-        print((time.perf_counter() - start) / steps, loss, flush=True)
+        taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print((time.perf_counter() - start) / steps, taken, loss, flush=True)
 
 
 def compare(shape: str, rounds: int) -> None:
     """Run both trainers in turn and print one line of results."""
-    _, batch, length, _ = SHAPES[shape]
+    _, batch, length, _ = find(shape)
     command = [sys.executable, __file__, "--shapes", shape, "--worker"]
     workers = {name: subprocess.Popen([*command, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for name in TRAINERS}
     ready = {name: worker.stdout.readline().split() for name, worker in workers.items()}
     operations, peak = (float(x) for x in ready["maxtrain"][1:])
     seconds: dict[str, list[float]] = {name: [] for name in TRAINERS}
+    memory = dict.fromkeys(TRAINERS, 0.0)
     for _ in range(rounds + 1):
         for name, worker in workers.items():
             worker.stdin.write("\n")
             worker.stdin.flush()
-            seconds[name].append(float(worker.stdout.readline().split()[0]))
+            took, memory[name], _ = map(float, worker.stdout.readline().split())
+            seconds[name].append(took)
     for worker in workers.values():
         worker.stdin.close()
         worker.wait()
@@ -131,7 +143,8 @@ def compare(shape: str, rounds: int) -> None:
     print(
         f"{shape:>14}: MaxTrain {rates['maxtrain']:7.1f} tok/s, PyTorch {rates['torch']:7.1f} tok/s, "
         f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f} over {rounds} rounds), "
-        f"{share:.0%} of the matmul peak of {1000 * peak:.0f} GFLOP/s",
+        f"{share:.0%} of the matmul peak of {1000 * peak:.0f} GFLOP/s, "
+        f"memory {memory['maxtrain']:.1f} and {memory['torch']:.1f} GiB",
         flush=True,
     )
 
@@ -140,11 +153,13 @@ def main() -> None:
     """Compare on each shape."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default=",".join(SHAPES))
+    parser.add_argument("--lengths", default="")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--worker", choices=list(TRAINERS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    for shape in arguments.shapes.split(","):
+    lengths = [f"small@{length}" for length in arguments.lengths.split(",") if length]
+    for shape in lengths or arguments.shapes.split(","):
         if arguments.worker:
             work(arguments.worker, shape)
         else:
