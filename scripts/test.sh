@@ -13,3 +13,6 @@ ruff check .
 ruff format --check .
 mypy
 python -m pytest -q -n "$(nproc)" --dist worksteal --durations=10 "$@"
+case ",$EXTRAS," in *,hf,*) # bit for bit only as users compile
+  MAXTRAIN_TEST_COMPILE= python -m pytest -q --all tests/training/test_kept_runs.py ;;
+esac

@@ -1,22 +1,22 @@
 """Eight simulated CPU devices for the whole suite, and a compilation cache so that equal programs compile once.
 
-Compiling is most of the time that the short tier takes, and LLVM most of compiling: the short tier compiles without its optimization,
-in a third of the time. The long tier compiles as users do.
+Compiling is most of the time that the tests take, and LLVM most of compiling: they compile without its optimization, in a third of the
+time. With MAXTRAIN_TEST_COMPILE set and empty they compile as users do.
 """
 
 import atexit
 import os
 import shutil
-import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "MAXTRAIN_TEST_CACHE" not in os.environ:  # the workers of xdist and the processes that tests start inherit all of this
-    os.environ["MAXTRAIN_TEST_COMPILE"] = "" if "--all" in sys.argv else "--xla_backend_optimization_level=0"
-    if "--all" not in sys.argv and tuple(map(int, version("jaxlib").split(".")[:3])) < (0, 11, 1):  # later ones end at a flag they have not
-        os.environ["MAXTRAIN_TEST_COMPILE"] += " --xla_cpu_use_fusion_emitters=false"
+    fast = "--xla_backend_optimization_level=0"
+    if tuple(map(int, version("jaxlib").split(".")[:3])) < (0, 11, 1):  # later versions end the process at a flag they no longer have
+        fast += " --xla_cpu_use_fusion_emitters=false"
+    os.environ.setdefault("MAXTRAIN_TEST_COMPILE", fast)
     flags = os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", os.environ["MAXTRAIN_TEST_COMPILE"]
     os.environ["XLA_FLAGS"] = " ".join(flags)
     os.environ["MAXTRAIN_TEST_CACHE"] = tempfile.mkdtemp(prefix="maxtrain-xla-")

@@ -21,14 +21,20 @@ def mesh(devices: int) -> jax.sharding.Mesh:
 
 
 def tree(seed: int = 0, devices: int = 8) -> dict[str, Any]:
-    """Arrays of every kind a training state has; all bits of the floats are random, infinities and NaNs included."""
+    """Arrays of every kind a training state has; all bits of the floats are random, infinities and NaNs included.
+
+    A NaN in bfloat16 is the usual one: a copy that XLA compiles without optimization, as in the short tier, keeps no other.
+    """
     bits, place = np.random.default_rng(seed), mesh(devices)
 
     def put(array: Any, *axes: str | None) -> jax.Array:
         return jax.device_put(jnp.asarray(array), NamedSharding(place, PartitionSpec(*axes)))
 
     def floats(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        return bits.integers(0, 256, (*shape, np.dtype(dtype).itemsize), np.uint8).view(dtype)[..., 0]
+        drawn = bits.integers(0, 256, (*shape, np.dtype(dtype).itemsize), np.uint8).view(dtype)[..., 0]
+        if dtype == jnp.bfloat16:
+            drawn[drawn.view(np.uint16) & 0x7FFF > 0x7F80] = np.nan
+        return drawn
 
     return {
         "model": {

@@ -18,7 +18,6 @@ from maxtrain.data.integrity import MANIFEST
 # ----------------------------------------------------------------------------------------------------- save and restore
 
 
-@pytest.mark.slow
 def test_round_trip_is_bitwise_on_other_meshes(tmp_path: Path) -> None:
     previous = 8
     for devices in (8, 2, 1, 8):
@@ -30,7 +29,6 @@ def test_round_trip_is_bitwise_on_other_meshes(tmp_path: Path) -> None:
         previous = devices
 
 
-@pytest.mark.slow
 def test_saved_on_eight_devices_restores_where_there_is_one(tmp_path: Path) -> None:
     save(tmp_path, 5)
     run(f"""
