@@ -34,6 +34,7 @@ import attack_files
 import attack_runs
 
 PARTS = attack_files.PARTS | attack_runs.PARTS
+SOUND = ("kills", "damage", "signals", "traffic")  # parts whose commands and requests are right: nothing of them may be refused
 MEGABYTES = 1500  # of memory that an item may take above what the worker took before its first
 
 
@@ -56,6 +57,8 @@ def work(part: str, seed: int, first: int, last: int, pipe: Any) -> None:
                 outcome, words = "refused", str(refusal)
                 if (part in attack_files.PARTS and not any(name in words for name in ("item", "config.json"))) or len(words) > 20_000:
                     outcome = "fault"  # the file is not named, or the message is no message
+                if part in SOUND:
+                    outcome = "fault"
                 words.encode()
             except BaseException:
                 outcome, words = "fault", traceback.format_exc()[-2000:]

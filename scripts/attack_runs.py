@@ -348,8 +348,12 @@ def traffic(top: pathlib.Path, draws: random.Random) -> str:
     from traffic import traffic as ask
 
     from maxtrain import LLM
+    from maxtrain.training import pretrained
 
-    return str(ask(LLM(str(top / "whole"), max_requests=8, memory_gib=0.01), 10, draws.randrange(2**31)))
+    path = str(top / "whole")
+    program, source = pretrained.open_for_serving(path, (), {})
+    weights = source.load(program.state.model)  # not the engine's: on one CPU it keeps its matrices transposed
+    return str(ask(LLM(path, max_requests=8, memory_gib=0.01), weights, 10, draws.randrange(2**31)))
 
 
 PARTS = {  # what is made once, what makes an item, and seconds that an item may take

@@ -251,7 +251,7 @@ def test_a_forgotten_stream_and_a_closed_event_loop_end_their_own_request_alone(
 
 @pytest.mark.slow
 def test_traffic(llm):
-    counts = traffic(llm, seconds=20, seed=0)
+    counts = traffic(llm, llm.engine.model, seconds=20, seed=0)
     assert set(counts) == {"generate", "stream", "leave", "score", "load"}
 
 

@@ -5,11 +5,12 @@ import threading
 import time
 
 
-def traffic(llm, seconds, seed, threads=4, patience=60):
+def traffic(llm, weights, seconds, seed, threads=4, patience=60):
     """How many requests of each kind were answered as they are alone; raises for one that was not, or that waits for ever.
 
     Args:
-        llm: whose own outputs, asked one by one beforehand, are the right ones; served as it was handed its weights.
+        llm: whose own outputs, asked one by one beforehand, are the right ones.
+        weights: its own, which are loaded again and again.
         seconds: how long requests arrive.
         seed: of all choices.
         threads: that ask at the same time.
@@ -21,7 +22,7 @@ def traffic(llm, seconds, seed, threads=4, patience=60):
     prompts = [f"copy {word}" for word in ("ab", "xy", "a b c", "0123")]
     want = {prompt: llm.generate(prompt, greedy)[0].token_ids for prompt in prompts}
     scores = {prompt: llm.score([prompt], [" end"])[0].logprob for prompt in prompts}
-    weights, stop, faults, counts = llm.engine.model, time.monotonic() + seconds, [], {}
+    stop, faults, counts = time.monotonic() + seconds, [], {}
 
     def generate(rng):
         chosen = rng.choices([*prompts, [1.5], "\ud800", None], k=3)
