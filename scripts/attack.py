@@ -55,10 +55,9 @@ def work(part: str, seed: int, first: int, last: int, pipe: Any) -> None:
                 words = attack(top, random.Random(f"{part} {seed} {index}"))
             except Refused as refusal:
                 outcome, words = "refused", str(refusal)
-                if (part in attack_files.PARTS and not any(name in words for name in ("item", "config.json"))) or len(words) > 20_000:
-                    outcome = "fault"  # the file is not named, or the message is no message
-                if part in SOUND:
-                    outcome = "fault"
+                unnamed = part in attack_files.PARTS and not any(name in words for name in ("item", "config.json"))
+                if part in SOUND or unnamed or len(words) > 20_000:
+                    outcome = "fault"  # nothing was wrong, the file is not named, or the message is no message
                 words.encode()
             except BaseException:
                 outcome, words = "fault", traceback.format_exc()[-2000:]

@@ -8,9 +8,9 @@ import pytest
 from rich.console import Console
 
 from maxtrain import LLM, SamplingParams, decode
-from maxtrain.config import cli
+from maxtrain.config import cli, schema
 from maxtrain.config.errors import Refused
-from maxtrain.serving.outputs import Delta
+from maxtrain.serving.outputs import Delta, Output
 from maxtrain.serving.questions import evaluate, read
 from maxtrain.training.pretrained import load_pretrained
 
@@ -194,6 +194,20 @@ class Talk:
         yield Delta(messages[-1]["content"].upper(), [0], "stop")
 
 
+def test_special_tokens_count_where_asked_in_prompts_and_conversations():
+    class Model:
+        config = schema.Config()
+
+        def generate(self, prompts, params, progress, special):
+            return [Output(prompt, [int(special)], [], None, 0) for prompt in prompts]
+
+        chat = generate
+
+    for special in (False, True):
+        outputs = decode.generate(Model(), [decode.Asked("a"), decode.Asked([{"role": "user", "content": "b"}])], special)
+        assert [output.prompt_token_ids for output in outputs] == [[special], [special]]
+
+
 def test_a_chat_outlives_what_is_refused(monkeypatch):
     typed, console = iter(["abc", "def", "!", "ghi", "x" * 20, "jkl"]), Console(file=io.StringIO(), width=200)
 
@@ -221,6 +235,7 @@ def test_a_chat_outlives_what_is_refused(monkeypatch):
     ("words", "message"),
     [
         (["--eval", "q.jsonl", "--prompt", "x"], "--prompt has no effect with --eval"),
+        (["--eval", "q.jsonl", "--special"], "--special has no effect with --eval"),
         (["--eval", "q.jsonl", "--tokens", "3"], "--tokens has no effect with --eval"),
         (["--prompt", "x", "--out", "a", "--out", "b"], "--out is given 2 times"),
         (["--prompt", "x", "--out", "/proc/x"], "--out /proc/x: cannot be written"),

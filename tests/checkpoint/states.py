@@ -23,7 +23,7 @@ def mesh(devices: int) -> jax.sharding.Mesh:
 def tree(seed: int = 0, devices: int = 8) -> dict[str, Any]:
     """Arrays of every kind a training state has; all bits of the floats are random, infinities and NaNs included.
 
-    A NaN in bfloat16 is the usual one: a copy that XLA compiles without optimization, as in the short tier, keeps no other.
+    A NaN in bfloat16 is the usual one: a copy that XLA compiles without LLVM's optimization, as the tests do, keeps no other.
     """
     bits, place = np.random.default_rng(seed), mesh(devices)
 

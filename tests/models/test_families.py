@@ -115,7 +115,7 @@ def context(tokens):
 
 @pytest.mark.parametrize("family", CASES)
 def test_the_norm_rounds_as_the_reference_does(family):
-    """In bfloat16, where the scale is multiplied before or after the rounding: of two ways, every third number is another."""
+    """In bfloat16, where the scale is multiplied before or after the rounding: between the two, one number in four differs."""
     torch = pytest.importorskip("torch")
     name = next(iter(CASES[family]))
     norm = reference(family, name).model.norm.to(torch.bfloat16)
