@@ -118,7 +118,9 @@ def test_the_norm_rounds_as_the_reference_does(family):
     """In bfloat16, where the scale is multiplied before or after the rounding: between the two, one number in four differs."""
     torch = pytest.importorskip("torch")
     name = next(iter(CASES[family]))
-    norm = reference(family, name).model.norm.to(torch.bfloat16)
+    theirs = reference(family, name).model
+    assert {type(part) for key, part in theirs.named_modules() if key.endswith("norm")} == {type(theirs.norm)}
+    norm = theirs.norm.to(torch.bfloat16)
     _, model = families.read(case_config(family, name))
     x = torch.randn(200, model.embed).to(torch.bfloat16)
     scale, given = (jnp.asarray(value.detach().float().numpy()).astype(jnp.bfloat16) for value in (norm.weight, x))
