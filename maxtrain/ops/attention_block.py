@@ -1,9 +1,10 @@
 """Softmax attention of one block of queries over one block of keys, forward and backward: the arithmetic that all plain XLA shares.
 
 Queries, keys and values are folded: [batch * kv_heads, rows, width], the query heads of a group being rows of one product. Every
-product has its left operand as it lies and sums over the rows of its right one, which is how XLA:CPU multiplies fastest: on 2 cores
-with AVX2, GFLOP/s of 768 x 256 x 64 at 64 / 68 for q @ k.T / q @ (k transposed), and 25 / 48 for the gradient of k as
-d_scores.T @ q / (q transposed) @ d_scores.
+product has its left operand as it lies and sums over the rows of its right one, which is how XLA:CPU multiplies fastest. The backward
+pass has its scores transposed, keys by queries, so that four of its five products are of that form and have many rows: on one core with
+AVX2, in GFLOP/s at 768 rows, 512 keys and width 64, d_k = d_scores @ q gives 60, (q transposed) @ d_scores 45, and 20 once XLA has moved
+the transpose that follows into the product.
 """
 
 from typing import NamedTuple
@@ -81,20 +82,20 @@ def _across(x: jax.Array) -> jax.Array:
     return settle(x.swapaxes(1, 2))
 
 
-def _masked(scores: jax.Array, visible: jax.Array) -> jax.Array:
+def _masked(scores: jax.Array, visible: jax.Array | None) -> jax.Array:
     """Scores [batch * kv_heads, length * group, keys] with the keys that visible [batch, length, keys] rules out at -1e30."""
+    if visible is None:
+        return scores
     batch, length, keys = visible.shape
     by_head = scores.reshape(batch, -1, length, scores.shape[1] // length, keys)
     return jnp.where(visible[:, None, :, None, :], by_head, MASKED).reshape(scores.shape)
 
 
-def _scores(q: jax.Array, k: jax.Array, visible: jax.Array, softcap: float | None) -> jax.Array:
-    return settle(_masked(softcapped(_product("nqd,ndk->nqk", q, _across(k)), softcap), visible))
-
-
-def block_forward(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, softcap: float | None, sink: jax.Array | None) -> Block:
-    """Attention of folded queries over keys k and values v, of which they see `visible`; sink as `sink_rows` gives it, or None."""
-    scores = _scores(q, k, visible, softcap)
+def block_forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array | None, softcap: float | None, sink: jax.Array | None
+) -> Block:
+    """Attention of folded queries over keys k and values v, of which they see `visible`, or all (None); sink of `sink_rows`, or None."""
+    scores = settle(_masked(softcapped(_product("nqd,ndk->nqk", q, _across(k)), softcap), visible))
     top = scores.max(axis=-1, keepdims=True)
     top = top if sink is None else jnp.maximum(top, sink)
     weights = settle(jnp.exp(scores - top))
@@ -118,17 +119,27 @@ class Rows(NamedTuple):
     log_sum: jax.Array
 
 
-def block_backward(rows: Rows, k: jax.Array, v: jax.Array, visible: jax.Array, softcap: float | None) -> tuple[jax.Array, ...]:
-    """Gradients of q, k and v through one block, in float32."""
+def block_backward(rows: Rows, k: jax.Array, v: jax.Array, visible: jax.Array | None, softcap: float | None) -> tuple[jax.Array, ...]:
+    """Gradients of q, k and v through one block, in float32; all but rows as in `block_forward`."""
     q, d_out, delta, log_sum = rows
-    scores = _scores(q, k, visible, softcap)
-    weights = settle(jnp.exp(scores - log_sum))
-    d_scores = weights * (_product("nqd,ndk->nqk", d_out, _across(v)) - delta)
+    scores = softcapped(_product("nkd,ndq->nkq", k, _across(q)), softcap)
+    scores = settle(_masked_across(scores, visible))
+    weights = settle(jnp.exp(scores - log_sum.swapaxes(1, 2)))
+    d_scores = weights * (_product("nkd,ndq->nkq", v, _across(d_out)) - delta.swapaxes(1, 2))
     if softcap is not None:  # the slope of the cap; a masked score has no weight, whatever its slope
         d_scores *= 1 - jnp.square(jnp.maximum(scores, -softcap) / softcap)
     d_scores = settle(d_scores.astype(q.dtype))
-    d_k, d_v = _product("ndq,nqk->ndk", _across(q), d_scores), _product("ndq,nqk->ndk", _across(d_out), weights.astype(q.dtype))
-    return _product("nqk,nkd->nqd", d_scores, k), _across(d_k), _across(d_v)
+    d_k, d_v = _product("nkq,nqd->nkd", d_scores, q), _product("nkq,nqd->nkd", weights.astype(q.dtype), d_out)
+    return _across(settle(_product("ndk,nkq->ndq", _across(k), d_scores))), d_k, d_v
+
+
+def _masked_across(scores: jax.Array, visible: jax.Array | None) -> jax.Array:
+    """`_masked` of transposed scores [batch * kv_heads, keys, length * group]."""
+    if visible is None:
+        return scores
+    batch, length, keys = visible.shape
+    by_head = scores.reshape(batch, -1, keys, length, scores.shape[2] // length)
+    return jnp.where(visible.swapaxes(1, 2)[:, None, :, :, None], by_head, MASKED).reshape(scores.shape)
 
 
 def delta_rows(d_out: jax.Array, out: jax.Array) -> jax.Array:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from maxtrain.config import schema
-from maxtrain.ops.attention_tiles import SPAN, Spans
+from maxtrain.ops.attention_tiles import SPAN, Spans, Tokens, near, visible_keys
 from maxtrain.ops.causal_attention import Options, causal_attention
 from maxtrain.ops.ring_attention import balanced_order
 from maxtrain.ops.split_attention import split_attention
@@ -35,6 +35,29 @@ def test_every_pair_is_met_once_and_little_else(length, window):
     if window and 1 < window <= SPAN // 4:
         assert met.sum() <= (window + 64) * spans.length
     assert spans.length < 1.13 * length + 64
+
+
+@pytest.mark.parametrize("window", [None, 3, 40])
+def test_near_is_never_wrong_about_a_tile(window):
+    """A tile that is left out has nothing visible, and one without a mask has all of it."""
+    rng = np.random.default_rng(0)
+    said = np.zeros(2, int)
+    for _ in range(150):
+        documents = rng.integers(1, 3)
+        queries, keys = (
+            Tokens(
+                jnp.asarray(np.sort(rng.choice(96, 8, replace=False))[None] if apart else rng.integers(0, 88) + np.arange(8)[None]),
+                jnp.asarray(np.sort(rng.integers(0, documents, (2, 8)))),
+            )
+            for apart in rng.integers(0, 2, 2)
+        )
+        visible = visible_keys(queries, keys, window)
+        some, every = near(queries, keys, window)
+        assert some or not visible.any()
+        assert visible.all() or not every
+        said += [not some, every]
+    assert said.min() > 0 or window == 3
+    assert said.max() < 150
 
 
 def attention(options, sink, width, value_width, way):
