@@ -18,8 +18,8 @@ from maxtrain.ops.attention_block import Block, Rows, block_backward, block_forw
 
 T = TypeVar("T")
 SPAN = 512  # tokens whose blocks are unrolled: at 2,048 tokens, 512 take half the time of 2,048 (one core with AVX2: 250 ms, 415 ms)
-BLOCK = 64  # queries of a block: few enough to skip most masked keys
-QUERY_TILES, KEY_TILES = 4, 2  # tiles along a span: the scores of 128 queries and 256 keys stay in the cache
+MIN_BLOCK, MAX_BLOCKS = 64, 4  # blocks of queries in a span: small enough to skip masked keys, large enough for two cores
+QUERY_TILES, KEY_TILES = 2, 1  # tiles along a span
 
 
 class Tokens(NamedTuple):
@@ -65,7 +65,7 @@ class Spans(NamedTuple):
         if length <= SPAN:
             return cls(1, length, 0)
         num = -(-length // SPAN)
-        size = -(-length // num // BLOCK) * BLOCK
+        size = -(-length // num // MIN_BLOCK) * MIN_BLOCK
         return cls(-(-length // size), size, window - 1 if window and window <= size else 0)
 
     @property
@@ -75,7 +75,8 @@ class Spans(NamedTuple):
 
     def blocks(self, window: int | None) -> list[tuple[slice, slice]]:
         """Blocks of a span's queries with the keys each may see, counted from `halo` tokens before the span."""
-        ends = [(at, min(at + BLOCK, self.size)) for at in range(0, self.size, BLOCK)]
+        step = MIN_BLOCK if self.halo else max(MIN_BLOCK, -(-self.size // MAX_BLOCKS))
+        ends = [(at, min(at + step, self.size)) for at in range(0, self.size, step)]
         return [(slice(at, end), slice(max(0, self.halo + at + 1 - window) if window else 0, self.halo + end)) for at, end in ends]
 
     @property
