@@ -36,6 +36,10 @@ def pytest_collection_modifyitems(config, items):
         kept = [item for item in items if "slow" not in item.keywords]
         config.hook.pytest_deselected(items=[item for item in items if "slow" in item.keywords])
         items[:] = kept
+    elif os.environ["MAXTRAIN_TEST_COMPILE"]:  # scripts/test.sh --all runs these once more, compiled as users do
+        close = [item for item in items if {"slow", "as_users"} <= set(item.keywords)]
+        config.hook.pytest_deselected(items=close)
+        items[:] = [item for item in items if item not in close]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -93,6 +93,7 @@ def check_logits(got, theirs, tokens):
 
 
 @pytest.mark.slow
+@pytest.mark.as_users
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
 def test_whole_quantised_model_is_that_of_transformers(kind, tmp_path):
     """The same file, read and dequantised by transformers: the same logits."""

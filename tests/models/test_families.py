@@ -128,6 +128,7 @@ def test_the_norm_rounds_as_the_reference_does(family):
     assert np.mean(got != want) < 0.01
 
 
+@pytest.mark.as_users
 @pytest.mark.parametrize(("family", "name"), EVERY)
 def test_import_export_and_logits(family, name, tmp_path):
     from transformers import AutoModelForCausalLM

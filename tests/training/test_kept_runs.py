@@ -21,6 +21,7 @@ make_runs = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(make_runs)
 EXPECTED = json.loads((make_runs.RUNS / "expected.json").read_text())
 LARGE = pytest.mark.slow
+pytestmark = pytest.mark.as_users
 WROTE = EXPECTED["machine"] == make_runs.machine() and not os.environ["MAXTRAIN_TEST_COMPILE"]
 TOLERANCE = 0 if WROTE else 1e-6  # bit for bit on the kind of machine that wrote them, as users compile
 
