@@ -6,7 +6,6 @@ other, and what a row has seen is put together in float32. A tile of which no qu
 query sees every key needs no mask.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,7 +18,6 @@ from maxtrain.ops.attention_block import Block, Rows, block_backward, block_forw
 T = TypeVar("T")
 SPAN = 512  # tokens whose blocks are unrolled: at 2,048 tokens, 512 take half the time of 2,048 (one core with AVX2: 250 ms, 415 ms)
 MIN_BLOCK, MAX_BLOCKS = 64, 4  # blocks of queries in a span: small enough to skip masked keys, large enough for two cores
-QUERY_TILES, KEY_TILES = 2, 1  # tiles along a span
 
 
 class Tokens(NamedTuple):
@@ -79,29 +77,33 @@ class Spans(NamedTuple):
         ends = [(at, min(at + step, self.size)) for at in range(0, self.size, step)]
         return [(slice(at, end), slice(max(0, self.halo + at + 1 - window) if window else 0, self.halo + end)) for at, end in ends]
 
-    @property
-    def tile(self) -> tuple[int, int]:
-        """Queries and keys of a tile."""
-        divides = self.size % (QUERY_TILES * KEY_TILES) == 0
-        return (self.size // QUERY_TILES, self.size // KEY_TILES) if divides else (self.size, self.size)
-
     def scores(self, window: int | None) -> int:
         """Products of queries and keys that a head has in memory at a time: of the longest block, or of a tile."""
         made = [(rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns in self.blocks(window)]
-        return max(*made, math.prod(self.tile) if len(self.earlier(window)) else 0)
+        tiles = self.earlier(window)
+        return max(*made, tiles.queries * tiles.keys if len(tiles.starts) else 0)
 
-    def earlier(self, window: int | None) -> np.ndarray:
-        """Tiles in which queries see keys of earlier spans: int32 [tiles, 2], the first query and the first key of each."""
-        if self.halo:
-            return np.zeros((0, 2), np.int32)
-        queries, keys = self.tile
+    def earlier(self, window: int | None) -> "Tiles":
+        """Tiles in which queries see keys of earlier spans: half a span of queries by a span of keys."""
+        queries, keys = max(1, self.size // 2), self.size
         starts = ((q, k) for q in range(0, self.length, queries) for k in range(0, q // self.size * self.size, keys))
-        return np.array([(q, k) for q, k in starts if not window or q - (k + keys - 1) < window], np.int32).reshape(-1, 2)
+        seen = [(q, k) for q, k in starts if not window or q - (k + keys - 1) < window]
+        return Tiles(self.length, queries, keys, np.array([] if self.halo else seen, np.int32).reshape(-1, 2))
 
-    def all(self) -> np.ndarray:
-        """Every tile of queries and keys."""
-        queries, keys = self.tile
-        return np.array([(q, k) for q in range(0, self.length, queries) for k in range(0, self.length, keys)], np.int32)
+    def all(self) -> "Tiles":
+        """Every tile of queries and keys: half a span of each, so that no tile has keys of both chunks of the balanced order."""
+        size = self.size // 2 if self.size % 2 == 0 else self.size
+        starts = [(q, k) for q in range(0, self.length, size) for k in range(0, self.length, size)]
+        return Tiles(self.length, size, size, np.array(starts, np.int32))
+
+
+class Tiles(NamedTuple):
+    """Tiles of a sequence of `length` tokens: `queries` x `keys` each; starts: int32 [tiles, 2], the first query and key of each."""
+
+    length: int
+    queries: int
+    keys: int
+    starts: np.ndarray
 
 
 # ----------------------------------------------------------------------------------------------------------- parts
@@ -195,7 +197,7 @@ def own(rows: Any, keys: Keys, at_keys: Any, first: Callable[..., tuple[Any, Any
         return _put(at_keys, jax.tree.map(jnp.add, before, theirs), start, reach), mine
 
     at_keys, found = jax.lax.scan(step, at_keys, jnp.arange(spans.num) * spans.size)
-    at_rows, at_keys = _over(spans, spans.earlier(window), (rows, tokens), keys, (_joined(found), at_keys), tile, window)
+    at_rows, at_keys = _over(spans.earlier(window), (rows, tokens), keys, (_joined(found), at_keys), tile, window)
     return _static(at_rows, slice(0, length), spans.length), _static(at_keys, slice(spans.halo, spans.halo + length), reach)
 
 
@@ -206,20 +208,20 @@ def met(rows: Any, tokens: Tokens, keys: Keys, at_rows: Any, at_keys: Any, tile:
     after = spans.length - length
     rows, at_rows, at_keys, k, v = _filled((rows, at_rows, at_keys, keys.k, keys.v), length, 0, after)
     here, there = _filled_tokens(tokens, 0, after), _filled_tokens(keys.tokens, 0, after)
-    sums = _over(spans, spans.all(), (rows, here), Keys(k, v, there), (at_rows, at_keys), tile, window)
+    sums = _over(spans.all(), (rows, here), Keys(k, v, there), (at_rows, at_keys), tile, window)
     return _static(sums, slice(0, length), spans.length)
 
 
-def _over(
-    spans: Spans, starts: np.ndarray, queries: tuple[Any, Tokens], keys: Keys, sums: tuple[Any, Any], tile: Tile, window: int | None
-) -> tuple[Any, Any]:
-    """Both sums with the tiles that start there added, one after the other, as far as any query of a tile may see any key."""
-    num_queries, num_keys = spans.tile
+def _over(tiles: Tiles, queries: tuple[Any, Tokens], keys: Keys, sums: tuple[Any, Any], tile: Tile, window: int | None) -> tuple[Any, Any]:
+    """Both sums with the tiles added, one after the other, as far as any query of a tile may see any key."""
+
+    def at_start(tree: T, start: jax.Array, size: int) -> T:
+        return part(tree, start, size, tiles.length)
 
     def step(sums: tuple[Any, Any], start: jax.Array) -> tuple[tuple[Any, Any], None]:
-        rows, tokens = part(queries, start[0], num_queries, spans.length)
-        there = part(keys, start[1], num_keys, spans.length)
-        mine, theirs = part(sums[0], start[0], num_queries, spans.length), part(sums[1], start[1], num_keys, spans.length)
+        rows, tokens = at_start(queries, start[0], tiles.queries)
+        there = at_start(keys, start[1], tiles.keys)
+        mine, theirs = at_start(sums[0], start[0], tiles.queries), at_start(sums[1], start[1], tiles.keys)
 
         def all_seen(mine: Any, theirs: Any) -> tuple[Any, Any]:
             return tile(rows, there, None, mine, theirs)
@@ -230,9 +232,9 @@ def _over(
         any_near, all_near = near(tokens, there.tokens, window)
         case = jnp.where(all_near, 2, any_near.astype(jnp.int32))
         mine, theirs = jax.lax.switch(case, (lambda *same: same, some_seen, all_seen), mine, theirs)
-        return (_put(sums[0], mine, start[0], spans.length), _put(sums[1], theirs, start[1], spans.length)), None
+        return (_put(sums[0], mine, start[0], tiles.length), _put(sums[1], theirs, start[1], tiles.length)), None
 
-    return jax.lax.scan(step, sums, jnp.asarray(starts))[0] if len(starts) else sums
+    return jax.lax.scan(step, sums, jnp.asarray(tiles.starts))[0] if len(tiles.starts) else sums
 
 
 def visible_keys(queries: Tokens, keys: Tokens, window: int | None) -> jax.Array:

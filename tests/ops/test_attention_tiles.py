@@ -24,9 +24,9 @@ def test_every_pair_is_met_once_and_little_else(length, window):
         for rows, columns in spans.blocks(window):
             met[start + rows.start : start + rows.stop, start + columns.start : start + columns.stop] += 1
     met = met[:, spans.halo :]
-    queries, keys = spans.tile
-    for query, key in spans.earlier(window):
-        met[query : query + queries, key : key + keys] += 1
+    tiles = spans.earlier(window)
+    for query, key in tiles.starts:
+        met[query : query + tiles.queries, key : key + tiles.keys] += 1
     distance = np.arange(length)[:, None] - np.arange(length)
     seen = (distance >= 0) & (distance < (window or length))
     assert met.max() == 1

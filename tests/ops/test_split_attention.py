@@ -136,11 +136,11 @@ def counted(way, window, documents):
 
 @pytest.mark.slow
 def test_what_no_query_sees_is_not_computed():
-    """A device has 128 tokens: 2 blocks of its own, and 4 x 2 tiles of 32 queries and 64 keys with those of another device.
+    """A device has 128 tokens: 2 blocks of its own, and 2 x 2 tiles of 64 queries and 64 keys with those of another device.
 
     Natural: all tiles of 6 pairs of devices. Balanced: half of the tiles of 12 pairs, in each of which one chunk of two sees the other.
     """
-    assert counted(("ring", False), None, 1) == 4 * 2 + 6 * 8
-    assert counted(("ring", True), None, 1) == 4 * 2 + 12 * 4
+    assert counted(("ring", False), None, 1) == 4 * 2 + 6 * 4
+    assert counted(("ring", True), None, 1) == 4 * 2 + 12 * 2
     assert counted(("ring", False), 2, 1) == 4 * 2 + 3  # across each border
     assert counted(("ring", False), None, 512) <= 4 * 2 + 3  # documents of about a token
