@@ -83,7 +83,10 @@ def _across(x: jax.Array) -> jax.Array:
 
 
 def _masked(scores: jax.Array, visible: jax.Array | None) -> jax.Array:
-    """Scores [batch * kv_heads, length * group, keys] with the keys that visible [batch, length, keys] rules out at -1e30."""
+    """Scores [batch * kv_heads, length * group, keys] with the keys that visible [batch, length, keys] rules out at -1e30.
+
+    visible: None rules out none.
+    """
     if visible is None:
         return scores
     batch, length, keys = visible.shape
@@ -94,7 +97,7 @@ def _masked(scores: jax.Array, visible: jax.Array | None) -> jax.Array:
 def block_forward(
     q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array | None, softcap: float | None, sink: jax.Array | None
 ) -> Block:
-    """Attention of folded queries over keys k and values v, of which they see `visible`, or all (None); sink of `sink_rows`, or None."""
+    """Attention of folded queries over keys k and values v; visible as in `_masked`, sink as `sink_rows` gives it or None."""
     scores = settle(_masked(softcapped(_product("nqd,ndk->nqk", q, _across(k)), softcap), visible))
     top = scores.max(axis=-1, keepdims=True)
     top = top if sink is None else jnp.maximum(top, sink)

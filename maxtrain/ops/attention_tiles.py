@@ -16,7 +16,7 @@ import numpy as np
 from maxtrain.ops.attention_block import Block, Rows, block_backward, block_forward, seen, sink_rows
 
 T = TypeVar("T")
-SPAN = 512  # tokens whose blocks are unrolled: at 2,048 tokens, 512 take half the time of 2,048 (one core with AVX2: 250 ms, 415 ms)
+SPAN = 512  # tokens whose blocks are unrolled: 2,048 tokens take 250 ms in spans of 512 and 415 ms in one (one core with AVX2)
 MIN_BLOCK, MAX_BLOCKS = 64, 4  # blocks of queries in a span: small enough to skip masked keys, large enough for two cores
 
 
@@ -91,7 +91,7 @@ class Spans(NamedTuple):
         return Tiles(self.length, queries, keys, np.array([] if self.halo else seen, np.int32).reshape(-1, 2))
 
     def all(self) -> "Tiles":
-        """Every tile of queries and keys: half a span of each, so that no tile has keys of both chunks of the balanced order."""
+        """Every tile of queries and keys, half a span of each: where spans fill the sequence, none has keys of both balanced chunks."""
         size = self.size // 2 if self.size % 2 == 0 else self.size
         starts = [(q, k) for q in range(0, self.length, size) for k in range(0, self.length, size)]
         return Tiles(self.length, size, size, np.array(starts, np.int32))
@@ -244,10 +244,10 @@ def visible_keys(queries: Tokens, keys: Tokens, window: int | None) -> jax.Array
 
 def near(queries: Tokens, keys: Tokens, window: int | None) -> tuple[jax.Array, jax.Array]:
     """Whether any query may see any key, and whether every query sees every key, for all that the ends of both tell."""
-    first, last = queries.indices[0, 0] - keys.indices[0, -1], queries.indices[0, -1] - keys.indices[0, 0]  # the least distance, the most
-    some, every = last >= 0, first >= 0
+    least, most = queries.indices[0, 0] - keys.indices[0, -1], queries.indices[0, -1] - keys.indices[0, 0]  # distances
+    some, every = most >= 0, least >= 0
     if window is not None:
-        some, every = some & (first < window), every & (last < window)
+        some, every = some & (least < window), every & (most < window)
     low, high = ((f(queries.segments, axis=1), f(keys.segments, axis=1)) for f in (jnp.min, jnp.max))
     some &= jnp.any(jnp.maximum(*low) <= jnp.minimum(*high))
     return some, every & jnp.all(jnp.minimum(*low) == jnp.maximum(*high))

@@ -131,8 +131,8 @@ UNBALANCED = ["model.moe.aux_loss=0.0", "model.moe.router_z_loss=0.0"]  # terms 
 MEASURED = {name: FAMILIES[name] for name in ("biases", "tied", "softcaps")}
 MEASURED |= {name: (FAMILIES[name][0], UNBALANCED) for name in ("shared expert", "router and expert biases")}
 MEASURED["shared expert behind a gate"] = ("qwen2-moe-tiny", UNBALANCED)
-NEAR = {"biases", "softcaps"}  # within 2% of float32's; the others are as far from it as PyTorch's, see below
-AS_PYTORCH = {
+NEAR = {"biases", "softcaps"}  # families whose bfloat16 gradients are within 2% of float32's
+AS_PYTORCH = {  # the others, with what transformers calls them: PyTorch's own bfloat16 is as far from its float32
     "tied": "smollm3",
     "shared expert": "deepseek_v3",
     "router and expert biases": "gpt_oss",
