@@ -12,6 +12,7 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ def _write(name: str, source: Source, tokenizer: Tokenizer, folder: Path) -> Non
             num_bytes += sum(document.num_bytes for document in documents)
             for ids in _encoded(documents, tokenizer, name):
                 lengths.append(0)
-                for part in (np.array(begin), *ids, np.array(end)):
+                for part in chain([np.array(begin)], ids, [np.array(end)]):
                     file.write(part.astype(dtype).tobytes())
                     lengths[-1] += len(part)
     ends = np.cumsum(lengths)

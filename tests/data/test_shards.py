@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -226,3 +227,20 @@ def test_progress_is_shown_on_a_terminal_when_it_takes_long(tmp_path, monkeypatc
 def test_fingerprint_is_the_folders_name(tmp_path):
     shard = prepare("s", SOURCE, ByteTokenizer(), str(tmp_path))
     assert Path(shard.folder).name == shard.fingerprint
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl"])
+def test_memory_does_not_grow_with_the_text(tmp_path, kind):
+    """That of the texts and tokens, which tracemalloc sees; the 192 MB of ids of one document, or of many, are never held together."""
+    if kind == "text":
+        (tmp_path / "text").write_text("0123456789 abcd\n" * 3_000_000)
+    else:
+        (tmp_path / "text").write_text(('{"text": "' + "0123456789abcde " * 2000 + '"}\n') * 1500)
+    tracemalloc.start()
+    try:
+        shard = prepare("s", Source(kind=kind, path=str(tmp_path / "text")), ByteTokenizer(), str(tmp_path / "cache"))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert shard.num_bytes == 48_000_000
+    assert peak < 40_000_000  # two blocks of 16 MiB, of which hashes are made

@@ -17,12 +17,12 @@ SIZES = {"vocab_size": 61, "embed": 32, "mlp": 48, "num_layers": 3, "num_heads":
 SERVE = {"max_requests": 6, "block": 8, "num_blocks": 4, "page_size": 4}
 
 
-def config_of(axes=None, serve=None, layers="unroll", **model):
+def config_of(axes=None, serve=None, layers="unroll", compute="float32", **model):
     """The config of a tiny model."""
     return schema.Config.model_validate(
         {
             "model": SIZES | {"layers": layers} | model,
-            "precision": {"compute": "float32"},
+            "precision": {"compute": compute},
             "mesh": {"fsdp": 1} | (axes or {}),
             "data": {"batch_size": 8, "length": 32, "tokenizer": {"kind": "huggingface", "path": "none"}},
             "serve": SERVE | (serve or {}),
@@ -30,15 +30,24 @@ def config_of(axes=None, serve=None, layers="unroll", **model):
     )
 
 
-def build(serve=None, devices=1, axes=None, layers="unroll", change=lambda model: model, **model):
+def build(serve=None, devices=1, axes=None, layers="unroll", compute="float32", change=lambda model: model, **model):
     """An engine on random weights, which `change` may replace, and its model."""
-    config = config_of(axes, serve, layers, **model)
-    layout = Layout(mesh.make_mesh(config.mesh, jax.devices()[:devices]), config.mesh.rules)
-    described = Decoder(config.model, config.precision, schema.Remat(policy="none"))
-    placed = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), described, shardings(described, layout))
-    model = change(initialise(placed, 5))
+    config = config_of(axes, serve, layers, compute, **model)
+    layout = layout_of(config, devices)
+    model = change(random_model(config, layout))
     with sharding.use(layout):
         return Engine(lambda: model, config, layout), model
+
+
+def layout_of(config, devices=1):
+    return Layout(mesh.make_mesh(config.mesh, jax.devices()[:devices]), config.mesh.rules)
+
+
+def random_model(config, layout):
+    """Random weights on a layout, the same for any."""
+    described = Decoder(config.model, config.precision, schema.Remat(policy="none"))
+    placed = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), described, shardings(described, layout))
+    return initialise(placed, 5)
 
 
 def logits(model, tokens):

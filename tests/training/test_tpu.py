@@ -35,6 +35,8 @@ print(json.dumps({
     "attention": program.layout.attention, "exchange": program.layout.exchange,
     "kernels": sorted(set(re.findall("splash_mha_([a-z]+)_", text))),
     "gathered": sum(bool(re.search(r"\\[\\d+,\\d+,\\d+.* all-gather(-start)?\\(", line)) for line in text.splitlines()),
+    "products": sorted({(re.match(r"\\w+", line.split(" = ")[1])[0], (re.findall("operand_precision={([a-z,]+)}", line) or [""])[0])
+                        for line in text.splitlines() if re.search(r" (convolution|dot)\\(", line)}),
     "crossing": sorted({kind for kind, shapes in crossing(text, len(devices), config.mesh.stage)}),
 }))
 """
@@ -93,6 +95,15 @@ def test_ring_compiles_for_v5e(order):
     assert (found["attention"], found["exchange"], found["kernels"]) == ("xla", "ring", [])
     assert found["rings"] > 0
     assert found["gathered"] == 0  # arrays [batch, length] of a batch are put in order, nothing larger is gathered
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_float32_is_multiplied_as_float32_on_v5e(compute):
+    """By default a TPU multiplies float32 in one pass of bfloat16. Where the rest is bfloat16, the router alone is multiplied so."""
+    found = compile_for_v5e("mixtral-tiny", "model.moe.mlp=512", f"precision.compute={compute}", "train.attention=xla")
+    exact = ["f32", "highest,highest"]
+    assert exact in found["products"]
+    assert found["products"] == [exact] or compute == "bfloat16"
 
 
 STAGE = ["mesh.stage=2", "model.num_layers=4"]
