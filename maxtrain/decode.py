@@ -232,9 +232,9 @@ def main(argv: Sequence[str]) -> int:
 
         for path in arguments.options["eval"]:
             line = json.dumps({"file": path, **evaluate(llm, path)})
+            print(line, flush=True)
             if file is not None:
                 print(line, file=file, flush=True)
-            print(line, flush=True)
         return 0
     if not prompts:
         chat(llm, Console(), arguments.flags["special"])
@@ -246,6 +246,9 @@ def _batch(llm: LLM, prompts: Sequence[Asked], file: TextIO | None, special: boo
     console, start = Console(stderr=True), time.perf_counter()
     outputs = generate(llm, prompts, special)
     seconds = time.perf_counter() - start
+    for output in outputs:  # first, since a disk may be full
+        shown = output.prompt if isinstance(output.prompt, str) else ""
+        print(f"refused: {output.error}" if output.error is not None else shown + output.text, flush=True)
     if file is None and llm.folder is not None:
         try:
             file = cli.open_output(os.path.join(llm.folder, "samples.jsonl"), "a")
@@ -255,9 +258,6 @@ def _batch(llm: LLM, prompts: Sequence[Asked], file: TextIO | None, special: boo
         with file:
             for asked, output in zip(prompts, outputs, strict=True):
                 file.write(json.dumps(record(asked, output, llm.step), ensure_ascii=False) + "\n")
-    for output in outputs:
-        shown = output.prompt if isinstance(output.prompt, str) else ""
-        print(f"refused: {output.error}" if output.error is not None else shown + output.text, flush=True)
     console.print(summary(llm, outputs, seconds))
     return 2 if any(output.error is not None for output in outputs) else 0
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from maxtrain.config import cli
 from maxtrain.config.errors import Refused
+from maxtrain.config.paths import expand
 
 if TYPE_CHECKING:
     from maxtrain.data.tokenizer import Tokenizer
@@ -98,6 +99,7 @@ def main(argv: Sequence[str]) -> int:
     tasks = [name for names in arguments.options["tasks"] for name in names.split(",") if name]
     limit, shots = (cli.number(arguments, name, int, minimum=0) for name in ("limit", "shots"))
     out, include = cli.one(arguments, "out"), cli.one(arguments, "include")
+    include = None if include is None else expand(include, "--include")
     if not tasks:
         raise Refused(f"no --tasks are given\nusage: {USAGE}")
     file = None if out is None else cli.open_output(out, "a")

@@ -33,7 +33,7 @@ class LLM(api.LLM):
         super().__init__(lambda: source.load(program.state.model), program.config, program.layout, source.tokenizer)
         self.step = source.step
         """Of the checkpoint; None for a model that is not MaxTrain's."""
-        self.folder = None if source.step is None else runs.locate(os.path.expanduser(os.fspath(path)))[0]
+        self.folder = None if source.step is None else runs.locate(os.fspath(path))[0]
         """Of the run, where results of it are kept; a checkpoint is only looked at."""
 
 

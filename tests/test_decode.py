@@ -39,6 +39,12 @@ def test_command_prints_and_keeps_samples(trained, capsys):
     assert [json.loads(line)["text"] for line in (trained / "samples.jsonl").read_text().splitlines()][-2:] == [s["text"] for s in samples]
 
 
+def test_results_are_printed_before_they_are_written(trained, capsys):
+    with pytest.raises(OSError, match="No space left"):
+        decode.main([str(trained), "--prompt", "copy ab", "--tokens", "3", "--temperature", "0", "--out", "/dev/full"])
+    assert capsys.readouterr().out.startswith("copy ab")
+
+
 def test_prompts_from_files_and_standard_input(trained, tmp_path, capsys, monkeypatch):
     (tmp_path / "a.txt").write_text("one\n\ntwo\n")
     (tmp_path / "b.jsonl").write_text('{"prompt": "three"}\n{"prompt": [65, 66]}\n{"prompt": []}\n')

@@ -1,5 +1,6 @@
 """Bits per byte of held-out text against numpy, beside those of the compressors' own files."""
 
+import errno
 import json
 import math
 import subprocess
@@ -56,6 +57,18 @@ def test_bits_per_byte_are_the_code_length_of_the_documents(trained, results):
     assert results["bits_per_byte"] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
     assert results["loss"] == pytest.approx(nats / (num_bytes + len(texts)), rel=1e-5)  # a token a byte, and the end
     assert (results["num_bytes"], results["num_documents"], results["step"]) == (num_bytes, 12, step)
+
+
+@pytest.mark.slow
+def test_results_that_cannot_be_written_are_printed(trained, monkeypatch, capsys):
+    def refuse(path, data):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(evaluate, "replace", refuse)
+    assert evaluate.main([str(trained)]) == 0
+    found = capsys.readouterr()
+    assert "held" in found.out
+    assert "evaluation.json: not written: Read-only file system" in found.err
 
 
 def test_results_are_those_of_the_run(trained, results):

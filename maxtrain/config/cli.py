@@ -207,10 +207,8 @@ def open_output(path: str, mode: str) -> TextIO:
     """
     try:
         return cast(TextIO, open(expand(path, "--out"), mode, encoding="utf-8", errors="backslashreplace"))
-    except (OSError, ValueError) as error:
-        if isinstance(error, Refused):
-            raise
-        raise Refused(f"--out {path}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
+    except OSError as error:
+        raise Refused(f"--out {path}: cannot be written: {error.strerror}") from error
 
 
 def is_terminal(stream: Any) -> bool:

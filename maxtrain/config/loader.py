@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from maxtrain.config import keys, layers
 from maxtrain.config.errors import Refused
 from maxtrain.config.layers import COMMAND_LINE, Entry, Origin
+from maxtrain.config.paths import expand
 from maxtrain.config.schema import Config
 
 MAX_PROBLEMS = 20  # of a config that are explained
@@ -38,7 +39,7 @@ def load(path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> 
     Raises:
         Refused: with every problem on a line of its own, naming file, line, key, value and what is allowed.
     """
-    tree = Entry({}, Origin(COMMAND_LINE, 0)) if path is None else layers.read_file(os.fspath(path))
+    tree = Entry({}, Origin(COMMAND_LINE, 0)) if path is None else layers.read_file(expand(path, "the config"))
     seen: set[str] = set()
     for word in overrides:
         key, layer = layers.override(word)

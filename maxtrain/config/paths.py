@@ -15,9 +15,11 @@ def expand(path: str | os.PathLike[str], key: str) -> str:
         key: Where it was written (`run.dir`, `--out`), for the message.
 
     Raises:
-        Refused: whose home it is, or where that lies, cannot be found out.
+        Refused: whose home it is, or where that lies, cannot be found out; it has the character NUL.
     """
     text = os.fspath(path)
+    if "\0" in text:
+        raise Refused(f"{key}: a path has no character NUL: {text!r:.200}")
     expanded = os.path.expanduser(text)
     if expanded.startswith("~") and not os.path.lexists(text):
         user = text.split("/")[0][1:]

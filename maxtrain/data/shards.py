@@ -20,6 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from maxtrain.config.cli import is_terminal
 from maxtrain.config.errors import Refused
 from maxtrain.config.paths import expand
 from maxtrain.config.schema import Source
@@ -182,7 +183,7 @@ def _batches(documents: Iterable[AnyDocument]) -> Iterator[list[AnyDocument]]:
 def _shown(documents: Iterable[AnyDocument], name: str) -> Iterator[AnyDocument]:
     """`documents`, with a progress line on a terminal when they take long."""
     columns = (SpinnerColumn(), TextColumn(f"preparing {name}"), DownloadColumn(), TimeElapsedColumn())
-    progress = Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+    progress = Progress(*columns, console=Console(stderr=True), transient=True, disable=not is_terminal(sys.stderr))
     task = progress.add_task(name, total=None)
     begin = time.monotonic()
     try:

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from maxtrain.config.errors import Refused
 from maxtrain.config.json_file import each_key_once
+from maxtrain.config.paths import expand
 from maxtrain.config.regular_file import read_bytes
 
 MAX_BYTES = 2**30  # of a file
@@ -20,7 +21,7 @@ def read(path: str) -> list[str]:
         Refused: it is no regular file of at most `MAX_BYTES`, or cannot be read as UTF-8.
     """
     try:
-        return read_bytes(path, MAX_BYTES).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n").split("\n")
+        return read_bytes(expand(path, "the file"), MAX_BYTES).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n").split("\n")
     except UnicodeDecodeError as error:
         raise Refused(f"{path}: cannot be read: {error}") from error
 

@@ -10,6 +10,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from maxtrain.config.errors import Refused
+from maxtrain.config.paths import expand
+
 
 class Chip(NamedTuple):
     """Of one device as jax counts them, from the vendors' data sheets; networks as in "How to Scale Your Model" (jax-ml.github.io)."""
@@ -78,16 +81,14 @@ def peak_tflops(device: jax.Device, compute: str, cache: str = "~/.cache/maxtrai
     if device.platform != "cpu":
         sheet = chip(device)
         return None if sheet is None else sheet.peak(compute)
-    key, path = f"{_cpu_name()} x {os.cpu_count()}", os.path.expanduser(cache)
-    try:
-        with open(path) as file:
-            known = {str(name): float(value) for name, value in dict(json.load(file)).items()}
-    except (OSError, ValueError, TypeError):
-        known = {}
+    key, known = f"{_cpu_name()} x {os.cpu_count()}", {}
+    with contextlib.suppress(Refused, OSError, ValueError, TypeError), open(expand(cache, "cache")) as file:
+        known = {str(name): float(value) for name, value in dict(json.load(file)).items()}
     found = measure(device)
     if found > known.get(key, 0.0):  # a first measurement beside other work is too low: the best one counts
         known[key] = found
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(Refused, OSError):
+            path = expand(cache, "cache")
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with open(f"{path}.{os.getpid()}", "w") as file:
                 json.dump(known, file)

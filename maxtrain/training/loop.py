@@ -142,10 +142,8 @@ class Trainer:
         folder = self.config.run.folder
         newest = self.checkpointer.newest_good(notes.append) if self.config.checkpoint.resume else None
         if newest is None:
-            if not self.config.checkpoint.resume:
-                if self.checkpointer.steps():
-                    raise Refused(f"{folder} has checkpoints and checkpoint.resume is false: choose another run.dir")
-                return None
+            if not self.config.checkpoint.resume and self.checkpointer.steps():
+                raise Refused(f"{folder} has checkpoints and checkpoint.resume is false: choose another run.dir")
             runs.check_nothing_lost(folder, self.checkpointer.traces(), notes)
             return None
         meta = self.checkpointer.read_meta(newest)
@@ -241,6 +239,10 @@ class Trainer:
         try:
             for batch in batches:
                 yield put_batch(batch, self.batch_spec, rows)
+        except RuntimeError as error:
+            if "Worker process was terminated" not in str(error):
+                raise
+            raise OSError("a process that prepares data (data.workers) was killed; the same command goes on") from error
         finally:
             batches.close()
 
@@ -388,6 +390,8 @@ class Trainer:
         newest = self.checkpointer.newest_good(self.say)
         if newest is not None and self.retreat is not None and newest <= self.retreat[0]:
             newest = self.checkpointer.newest_good(self.say, before=self.retreat[1]) or min(newest, self.retreat[1])
+        if newest is None and self.checkpointer.traces():
+            raise Diverged(f"step {step}: {why}, and no good checkpoint is left to go back to")
         if newest is None:
             self.state, self.tokens = self._initial_state(), 0
         else:

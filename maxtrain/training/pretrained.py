@@ -144,7 +144,7 @@ def foreign(path: str, ignore: Sequence[str] = ()) -> Weights:
 
 def open_source(path: str, overrides: Sequence[str] = ()) -> Source:
     """What is at a path, with its config changed by `overrides`; `Refused` if it is no trained model or one that is not supported."""
-    path = expand(path, "model.init_from")
+    path = expand(path, "the model")
     ignore, overrides = ignored_fields(overrides)
     if not runs.is_run(path):
         return ForeignSource(foreign(path, ignore), overrides)

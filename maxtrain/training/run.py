@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from maxtrain.checkpoint.orbax import Checkpointer, newest_meta
 from maxtrain.config import dump, load, schema
 from maxtrain.config.errors import Refused
+from maxtrain.config.paths import expand
 from maxtrain.data import integrity
 from maxtrain.data.cache import say
 from maxtrain.data.tokenizer import Tokenizer, load_saved
@@ -272,6 +273,7 @@ def is_run(path: str) -> bool:
 
 def locate(path: str) -> tuple[str, int | None]:
     """The run's folder and the step that `path` names: a run's folder (no step), or `<run>/checkpoints/<step>`."""
+    path = expand(path, "the run")
     above, name = os.path.split(os.path.abspath(path))
     if name.isdigit() and os.path.basename(above) == "checkpoints":
         return os.path.dirname(above), int(name)

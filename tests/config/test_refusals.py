@@ -9,6 +9,9 @@ import pytest
 
 from maxtrain.config import Refused, keys, load
 from maxtrain.config.paths import expand
+from maxtrain.serving import lines
+from maxtrain.training.pretrained import open_source
+from maxtrain.training.run import locate
 
 MOE = "model: {slots: {layer: {feed_forward: moe}}, moe: {num_experts: 8, experts_per_token: 2, mlp: 8, @}}"
 BROKEN = [
@@ -280,6 +283,31 @@ def test_what_no_config_is_is_refused_at_once(folder):
         with pytest.raises(Refused, match=re.escape(message)):
             load(name)
     assert time.process_time() - start < 10
+
+
+def test_paths_begin_at_home_wherever_they_are_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yml").write_text("run: {dir: ~/x}")
+    (tmp_path / "prompts.txt").write_text("one")
+    assert load("~/run.yml").config.run.folder == str(tmp_path / "x")
+    assert lines.read("~/prompts.txt") == ["one"]
+    assert locate("~/x/checkpoints/3") == (str(tmp_path / "x"), 3)
+    with pytest.raises(Refused, match=re.escape(f"{tmp_path}/nothing")):
+        open_source("~/nothing")
+
+
+def test_a_mapping_of_a_config_cannot_be_changed():
+    sources = load(None, ["data.sources.a.kind=synthetic"]).config.data.sources
+    for change in (sources.clear, sources.popitem, lambda: sources.update(b=1), lambda: sources.pop("a")):
+        with pytest.raises(TypeError, match="cannot be changed"):
+            change()
+    assert list(sources) == ["a"]
+
+
+def test_an_include_with_the_character_nul_is_refused(tmp_path):
+    (tmp_path / "run.yml").write_text('include: "a\\0b.yml"')
+    with pytest.raises(Refused, match="include: a path has no character NUL"):
+        load(tmp_path / "run.yml")
 
 
 def test_home_that_is_unknown_is_refused(monkeypatch):

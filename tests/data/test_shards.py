@@ -229,6 +229,11 @@ def test_fingerprint_is_the_folders_name(tmp_path):
     assert Path(shard.folder).name == shard.fingerprint
 
 
+def test_standard_error_may_be_closed(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    assert prepare("s", SOURCE, ByteTokenizer(), str(tmp_path)).num_documents == 60
+
+
 @pytest.mark.parametrize("kind", ["text", "jsonl"])
 def test_memory_does_not_grow_with_the_text(tmp_path, kind):
     """That of the texts and tokens, which tracemalloc sees; the 192 MB of ids of one document, or of many, are never held together."""

@@ -53,6 +53,13 @@ def test_special_tokens_in_text_are_text(bpe):
     assert bpe.decode([bpe.bos_id, *bpe.encode("a"), bpe.eos_id]) == "a"
 
 
+def test_where_a_token_lies_across_the_end_of_a_prompt_each_part_is_encoded_alone(bpe):
+    assert len(bpe.encode("copy")) == 1
+    context, rest = bpe.encode_pair("co", "py")
+    assert (context, rest) == ([bpe.bos_id, *bpe.encode("co")], bpe.encode("py").tolist())
+    assert bpe.encode_pair("copy", " ab") == ([bpe.bos_id, *bpe.encode("copy")], bpe.encode(" ab").tolist())
+
+
 def test_bpe_learns_and_splits_digits(bpe):
     assert bpe.vocab_size == 400
     assert len(bpe.encode("copy abc")) < len("copy abc")

@@ -36,6 +36,12 @@ def test_state_is_counted_to_the_byte(sizes):
     assert found["batch"] == pytest.approx(dry_run.bytes_per_device(program.batch(BATCH, LENGTH)), rel=0.01)
 
 
+def test_a_kind_that_no_layer_has_is_not_counted():
+    """One layer of a model whose layers are of two kinds in turn."""
+    config = load("configs/models/gemma3-tiny.yml", ["model.num_layers=1", "data.length=64"]).config
+    assert "parameters" in dry_run.report(config)
+
+
 def test_what_is_computed_again_costs():
     config = meshes.settle(make_config(), on_cpu=True)
     times, kept = {}, {}

@@ -22,6 +22,15 @@ def test_a_cache_that_cannot_be_used_does_not_matter(tmp_path, monkeypatch, text
     assert text is None or 0.5 in json.loads(cache.read_text()).values()
 
 
+def test_nothing_is_remembered_where_the_home_folder_is_unknown(tmp_path, monkeypatch):
+    monkeypatch.setattr(hardware, "measure", lambda device: 0.5)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    monkeypatch.chdir(tmp_path)
+    assert hardware.peak_tflops(jax.devices()[0], "float32") == 0.5 / jax.local_device_count()
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_best_measurement_counts(tmp_path, monkeypatch):
     for found, best in ((0.5, 0.5), (0.8, 0.8), (0.2, 0.8)):
         monkeypatch.setattr(hardware, "measure", lambda device, found=found: found)

@@ -1,9 +1,11 @@
 """The loop: what a run's folder holds, and that a run is the same whatever interrupts it."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import jax
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
+from maxtrain import train
 from maxtrain.config import load
 from maxtrain.config.errors import Refused
 from maxtrain.data.pipeline import TrainData
@@ -253,8 +256,9 @@ def test_damaged_checkpoints_are_found_and_the_one_before_is_used(whole, tmp_pat
     assert any("checkpoints/20" in event and victim.name in event for event in events)
 
 
+@pytest.mark.parametrize("words", [(), ("checkpoint.resume=false",)], ids=["", "a new run is wanted"])
 @pytest.mark.parametrize("harm", ["flipped", "removed", "emptied"])
-def test_without_a_good_checkpoint_a_run_that_had_one_is_refused_and_left_as_it_is(whole, tmp_path, cache_dir, harm):
+def test_without_a_good_checkpoint_a_run_that_had_one_is_refused_and_left_as_it_is(whole, tmp_path, cache_dir, harm, words):
     folder = tmp_path / "run"
     shutil.copytree(whole[1], folder)
     for record in list(folder.glob("checkpoints/*/record.json")):
@@ -266,8 +270,8 @@ def test_without_a_good_checkpoint_a_run_that_had_one_is_refused_and_left_as_it_
     if harm == "removed":
         shutil.rmtree(folder / "checkpoints")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
-    with pytest.raises(Refused, match="no good checkpoint is left"):
-        Trainer(make(folder, cache_dir)).fit()
+    with pytest.raises(Refused, match=r"no good checkpoint is left|checkpoint\.resume is false"):
+        Trainer(make(folder, cache_dir, *words)).fit()
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"} == before
 
 
@@ -347,6 +351,31 @@ def test_a_folder_in_use_is_refused_when_a_new_run_is_wanted(half, cache_dir):
         Trainer(make(half, cache_dir, "checkpoint.resume=false")).fit()
 
 
+@pytest.mark.slow
+def test_another_batch_size_goes_on_at_the_next_window(half, tmp_path, cache_dir):
+    """10 steps of 8 windows and 10 of 4; a rollback keeps its place too."""
+    shutil.copytree(half, tmp_path / "run")
+    trainer = Trainer(make(tmp_path / "run", cache_dir, "data.batch_size=4"))
+    trainer.fit()
+    meta = json.loads((tmp_path / "run/checkpoints/20/record.json").read_text())["meta"]
+    assert meta["windows"] == 10 * 8 + 10 * 4
+    first = trainer.data.batch(10, range(4), trainer.first_window)
+    whole = TrainData(trainer.config.data, trainer.config.train.seed, ByteTokenizer())
+    for name, rows in first.items():
+        np.testing.assert_array_equal(rows, whole.batch(20, range(4))[name])
+
+
+@pytest.mark.slow
+def test_a_killed_worker_ends_the_run_in_words(tmp_path, cache_dir, capsys, monkeypatch):
+    def kill():
+        for worker in multiprocessing.active_children():
+            worker.kill()
+
+    monkeypatch.setattr("maxtrain.llm.probes", lambda cfg: [At(2, kill)])
+    assert train.main([str(TINY), f"run.dir={tmp_path / 'run'}", f"data.cache_dir={cache_dir}", "data.workers=1"]) == 1
+    assert "a process that prepares data (data.workers) was killed; the same command goes on" in capsys.readouterr().err
+
+
 # -------------------------------------------------------------------------------------------------------- bad steps
 
 
@@ -366,7 +395,7 @@ class Poison(Hook):
         trainer.step = poisoned
 
 
-def fit(config, *bad):
+def fit(config, *bad, hooks=()):
     plain = next_token_loss(config, len(config.data.sources))
 
     def fragile(model, batch):
@@ -374,7 +403,7 @@ def fit(config, *bad):
         factor = jnp.where((batch["segments"] < 0).any(), jnp.nan, 1.0)
         return total * factor, sums | {"loss": sums["loss"] * factor}
 
-    return Trainer(config, loss_fn=fragile, hooks=[Poison(*bad)]).fit()
+    return Trainer(config, loss_fn=fragile, hooks=[Poison(*bad), *hooks]).fit()
 
 
 def test_bad_steps_are_skipped_then_left_behind(whole, tmp_path, cache_dir):
@@ -433,6 +462,20 @@ def test_a_run_that_cannot_be_saved_ends(tmp_path, cache_dir):
         fit(config, *range(6, 40))
     assert sum("rolled back" in event for event in read(tmp_path)[2]) == 2
     assert (tmp_path / "checkpoints" / "5").exists()
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_go_back_to_its_beginning(tmp_path, cache_dir):
+    def damage():
+        record = tmp_path / "checkpoints" / "5" / "record.json"
+        while not record.exists():  # it is written in the background
+            time.sleep(0.01)
+        record.write_text(record.read_text().replace("step", "stop", 1))
+
+    config = make(tmp_path, cache_dir, "guard.max_skipped=2")
+    with pytest.raises(Diverged, match="no good checkpoint is left to go back to"):
+        fit(config, 6, 7, hooks=[At(6, damage)])
+    assert len(read(tmp_path)[0]) == 8
+    assert list((tmp_path / "checkpoints").glob("5*"))
 
 
 def test_without_a_checkpoint_the_run_goes_back_to_its_beginning(tmp_path, cache_dir):

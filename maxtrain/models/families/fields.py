@@ -11,7 +11,7 @@ from typing import Any
 
 from maxtrain.config.errors import Refused
 from maxtrain.config.keys import did_you_mean
-from maxtrain.models.families.harmless import DROPOUT, FIXED, NEVER_MATTERS
+from maxtrain.models.families.harmless import ALSO_CALLED, DROPOUT, FIXED, NEVER_MATTERS
 
 LOG = logging.getLogger("maxtrain")
 LARGEST = 2**31 - 1  # of a whole number; sizes are far below
@@ -35,7 +35,7 @@ class Fields:
     def __init__(self, values: Mapping[str, Any], place: str, within: str = "") -> None:
         """`place` is what messages call it, usually the path of the file; `within` is the section it is, ending in a dot."""
         self.values, self.place, self.within = values, place, within
-        self._read: set[str] = set()
+        self._read: dict[str, Any] = {}  # what was taken for each field
         self._shapeless: dict[str, Any] = {}  # sections that are no mapping
         self._sections: dict[str, Fields] = {}
 
@@ -45,19 +45,21 @@ class Fields:
         Raises:
             Refused: it is not of the type `kind`, or not from `least` (0 for a whole number) to `most`.
         """
-        self._read.add(name)
         value = self.values.get(name)
-        return None if value is None else self._checked(name, value, kind, least, most)
+        self._read[name] = None if value is None else self._checked(name, value, kind, least, most)
+        return self._read[name]
 
     def get(self, name: str, default: Any, *, least: float | None = None, most: float | None = None) -> Any:
         """The value of a field, of the type of `default`, which is taken where it is absent or null; `Refused` as in `optional`."""
         value = self.optional(name, type(default), least=least, most=most)
-        return default if value is None else value
+        self._read[name] = default if value is None else value
+        return self._read[name]
 
     def nullable(self, name: str, default: Any) -> Any:
         """The value of a field for which null is a value, None; `default`, whose type it has, where it is absent."""
         value = self.optional(name, type(default))
-        return value if name in self.values else default
+        self._read[name] = value if name in self.values else default
+        return self._read[name]
 
     def need(self, name: str, kind: type = int, *, least: float | None = None, most: float | None = None) -> Any:
         """The value of a field that must be there; `Refused` otherwise, and as in `optional`."""
@@ -69,8 +71,7 @@ class Fields:
 
     def listing(self, name: str, kind: type) -> list[Any] | None:
         """The values of a list, all of type `kind`; None where it is absent or null; `Refused` for anything else."""
-        self._read.add(name)
-        value = self.values.get(name)
+        self._read[name] = value = self.values.get(name)
         if value is not None and not isinstance(value, list):
             raise Refused(f"{self.place}: {name} = {value!r:.200}: a list is expected")
         return None if value is None else [self._checked(name, item, kind, None, None) for item in value]
@@ -81,8 +82,7 @@ class Fields:
 
     def section(self, name: str) -> Fields | None:
         """The fields of a nested mapping; None where it is absent, null or empty."""
-        self._read.add(name)
-        value = self.values.get(name)
+        self._read[name] = value = self.values.get(name)
         if value is None or value == {}:
             return None
         if not isinstance(value, Mapping):
@@ -118,6 +118,8 @@ class Fields:
         for fields, field, value in self._unread():
             outermost = fields is self
             if outermost and (field in harmless or value is None or (field in fixed and value == fixed[field])):
+                continue
+            if outermost and field in ALSO_CALLED and self._read.get(ALSO_CALLED[field]) == value:
                 continue
             if outermost and field in DROPOUT and isinstance(value, int | float):
                 if not value:

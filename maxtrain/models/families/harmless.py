@@ -32,6 +32,12 @@ RUN = """
 NEVER_MATTERS = frozenset(f"{GENERATION} {BASE} {RUN}".split())
 # Of no effect at these values, which are the only ones supported
 FIXED: Mapping[str, Any] = {"add_cross_attention": False, "cross_attention_hidden_size": None, "pruned_heads": {}}
+# Second names that tools write beside the first, read where both say the same
+ALSO_CALLED = {
+    "num_routed_experts": "n_routed_experts",
+    "num_shared_experts": "n_shared_experts",
+    "sliding_window_size": "sliding_window",
+}
 # Only of effect in training, where nothing is dropped out here: told where it is not 0
 DROPOUTS = """
     attention_dropout attention_probs_dropout_prob attn_dropout attn_pdrop classifier_dropout embd_pdrop embedding_dropout

@@ -63,6 +63,14 @@ def test_generation_fields_are_those_of_transformers():
     assert set(generation._get_default_generation_params()) - ids <= NEVER_MATTERS
 
 
+def test_a_second_name_is_read_where_it_says_what_the_first_does():
+    mistral = CONFIG | {"model_type": "mistral"}  # its class has a window of 4096 where none is written
+    assert families.read(mistral | {"sliding_window_size": 4096}) == families.read(mistral)
+    for one, other in ((None, 1024), (1024, 4096)):
+        with pytest.raises(Refused, match=f"sliding_window_size = {other}: this field is unknown"):
+            families.read(mistral | ({} if one is None else {"sliding_window": one}) | {"sliding_window_size": other})
+
+
 def test_dropout_is_told_and_not_refused(caplog):
     assert model(attention_dropout=0.1, resid_pdrop=0) == model()
     assert ["attention_dropout = 0.1" in record.message for record in caplog.records] == [True]
