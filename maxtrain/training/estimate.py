@@ -284,11 +284,11 @@ def traffic(work: Work, layout: Layout, slices: Mapping[str, int], torus: Sequen
     shards, whole = layout.split("embed"), Layout(layout.mesh, {**layout.rules, "embed": ()})
     if shards:  # layers are multiplied with forward and backward; a table once as the embedding, once as the head
         tables, uses = [leaf for leaf in work.parameters if leaf.axes == ("vocab", "embed")], 1 + model.tie_embeddings
-        size = width * sum(leaf.elements(whole) for leaf in tables)
-        layers = width * sum(leaf.elements(whole) for leaf in work.parameters) - size
-        for kind, of_layers in (("all-gather", 2), ("reduce-scatter", 1)):
-            add(kind, shards, layers, of_layers * micro)
-            add(kind, shards, size, uses * micro)
+        in_tables = sum(leaf.elements(whole) for leaf in tables)
+        in_layers = sum(leaf.elements(whole) for leaf in work.parameters) - in_tables
+        for kind, of_layers, each in (("all-gather", 2, width), ("reduce-scatter", 1, 4)):  # gradients are summed in float32
+            add(kind, shards, each * in_layers, of_layers * micro)
+            add(kind, shards, each * in_tables, uses * micro)
     replicas = tuple(axis for axis in layout.split("batch") if axis not in shards and axis not in layout.split("expert"))
     if replicas:
         add("all-reduce", replicas, 4 * sum(leaf.elements(layout) for leaf in work.parameters), micro)
