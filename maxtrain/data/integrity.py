@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
@@ -144,7 +145,9 @@ class Mapped:
         self._open()
 
     def _open(self) -> None:
-        self._array = np.asarray(np.memmap(self.path, self.dtype, "r"))
+        with self.path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._array = np.frombuffer(self._map, self.dtype)
         try:
             self._hashes: list[str] = read_manifest(self.path.parent)[self.path.name]["blocks"]
         except FileNotFoundError:  # kept by an earlier version on a disk that cannot be written
@@ -158,6 +161,13 @@ class Mapped:
         within = range(len(self))[index if isinstance(index, slice) else slice(index, index + 1 or None)]
         self._verify(within.start, within.stop)
         return self._array[index]
+
+    def parts(self, size: int) -> Iterator[np.ndarray]:
+        """The array in order, `size` elements at a time; what was read leaves the memory of the process again."""
+        for start in range(0, len(self), size):
+            yield self[start : start + size]
+            if hasattr(mmap, "MADV_DONTNEED"):
+                self._map.madvise(mmap.MADV_DONTNEED)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self[:], dtype=dtype, copy=copy)

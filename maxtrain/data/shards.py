@@ -87,7 +87,7 @@ class Shard:
             return [f"offsets go from {offsets[0]} to {offsets[-1]}, not from 0 to {self.num_tokens}"]
         if not all((np.diff(offsets[i : i + CHUNK + 1]) > 0).all() for i in range(0, self.num_documents, CHUNK)):
             return ["offsets do not increase"]
-        largest = max(int(tokens[i : i + CHUNK].max()) for i in range(0, self.num_tokens, CHUNK))
+        largest = max(int(part.max()) for part in tokens.parts(CHUNK))
         return [f"a token is {largest}, the vocabulary has {vocab_size}"] if largest >= vocab_size else []
 
     def window(self, start: int, size: int) -> tuple[np.ndarray, np.ndarray]:

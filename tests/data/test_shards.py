@@ -1,6 +1,7 @@
 """Prepared shards hold every document once, are found again, and survive kill -9, damage and company."""
 
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -234,6 +235,11 @@ def test_standard_error_may_be_closed(tmp_path, monkeypatch):
     assert prepare("s", SOURCE, ByteTokenizer(), str(tmp_path)).num_documents == 60
 
 
+def resident_files():
+    """Bytes of mapped files that this process has in memory."""
+    return 1000 * int(re.search(r"RssFile:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
 @pytest.mark.parametrize("kind", ["text", "jsonl"])
 def test_memory_does_not_grow_with_the_text(tmp_path, kind):
     """That of the texts and tokens, which tracemalloc sees; the 192 MB of ids of one document, or of many, are never held together."""
@@ -241,6 +247,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path, kind):
         (tmp_path / "text").write_text("0123456789 abcd\n" * 3_000_000)
     else:
         (tmp_path / "text").write_text(('{"text": "' + "0123456789abcde " * 2000 + '"}\n') * 1500)
+    mapped = resident_files()
     tracemalloc.start()
     try:
         shard = prepare("s", Source(kind=kind, path=str(tmp_path / "text")), ByteTokenizer(), str(tmp_path / "cache"))
@@ -248,4 +255,5 @@ def test_memory_does_not_grow_with_the_text(tmp_path, kind):
     finally:
         tracemalloc.stop()
     assert shard.num_bytes == 48_000_000
+    assert resident_files() - mapped < 40_000_000  # nor does what was checked stay in memory
     assert peak < 40_000_000  # two blocks of 16 MiB, of which hashes are made
