@@ -53,11 +53,15 @@ def listing(folder):
 
 @pytest.mark.parametrize("name", ["dense", pytest.param("mixture", marks=LARGE), pytest.param("tuned", marks=LARGE)])
 def test_resumes(name, copy, cache_dir):
+    """What was written stays bit for bit; steps from then on within 1e-6, norms 1e-5: attention sums its gradients in another order."""
     folder = copy(name)
+    written = make_runs.rows(folder)
     Trainer(load(folder / "config.yml", [f"run.dir={folder}", f"data.cache_dir={cache_dir}"]).config).fit()
     found, wanted = np.array(make_runs.rows(folder)), np.array(EXPECTED[name]["rows"])
     assert found[:, 0].tolist() == list(range(1, 9))
-    np.testing.assert_allclose(found, wanted, rtol=TOLERANCE)
+    assert found[: len(written)].tolist() == written
+    np.testing.assert_allclose(found[:, [0, 1, 3]], wanted[:, [0, 1, 3]], rtol=1e-6)
+    np.testing.assert_allclose(found[:, 2], wanted[:, 2], rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["dense", *(pytest.param(name, marks=LARGE) for name in ("mixture", "imported", "tuned"))])
