@@ -114,7 +114,7 @@ def test_a_line_ends_where_a_line_break_is(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     for name in ("nowhere", "a\0b", str(tmp_path / "latin.txt")):
-        with pytest.raises(Refused, match="cannot be read"):
+        with pytest.raises(Refused, match=r"cannot be read|a path has no character NUL"):
             lines.read(name)
     for name in (".", str(tmp_path / "fifo"), "/dev/zero"):  # which would never end
         with pytest.raises(Refused, match="a regular file is expected"):
