@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -39,10 +40,13 @@ def test_command_prints_and_keeps_samples(trained, capsys):
     assert [json.loads(line)["text"] for line in (trained / "samples.jsonl").read_text().splitlines()][-2:] == [s["text"] for s in samples]
 
 
-def test_results_are_printed_before_they_are_written(trained, capsys):
+def test_results_are_printed_before_they_are_written(monkeypatch, capsys):
+    output = Output("copy ab", [1], [], None, 0, error="too long")
+    monkeypatch.setattr(decode, "generate", lambda llm, prompts, special: [output])
+    llm = SimpleNamespace(folder=None, step=None)
     with pytest.raises(OSError, match="No space left"):
-        decode.main([str(trained), "--prompt", "copy ab", "--tokens", "3", "--temperature", "0", "--out", "/dev/full"])
-    assert capsys.readouterr().out.startswith("copy ab")
+        decode._batch(llm, [decode.Asked("copy ab")], cli.open_output("/dev/full", "w"), False)
+    assert capsys.readouterr().out == "refused: too long\n"
 
 
 def test_prompts_from_files_and_standard_input(trained, tmp_path, capsys, monkeypatch):

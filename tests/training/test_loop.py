@@ -464,6 +464,7 @@ def test_a_run_that_cannot_be_saved_ends(tmp_path, cache_dir):
     assert (tmp_path / "checkpoints" / "5").exists()
 
 
+@pytest.mark.slow
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_go_back_to_its_beginning(tmp_path, cache_dir):
     def damage():
         record = tmp_path / "checkpoints" / "5" / "record.json"
