@@ -91,6 +91,17 @@ def test_traffic_of_fsdp_and_replicas():
     assert ("all-reduce", "ICI") not in across
 
 
+def test_weights_are_gathered_in_the_compute_format_and_gradients_scattered_in_float32():
+    def sent(compute):
+        config = meshes.settle(make_config(fsdp=8, precision=schema.Precision(compute=compute)), on_cpu=True)
+        traffic = estimate.traffic(Work.of(config), layout_of(make_config(fsdp=8)), {})
+        return {kind: sum(item.sent * item.runs for item in traffic if item.kind == kind) for kind in ("all-gather", "reduce-scatter")}
+
+    half, whole = sent("bfloat16"), sent("float32")
+    assert 2 * half["all-gather"] == whole["all-gather"]
+    assert half["reduce-scatter"] == whole["reduce-scatter"] > 0
+
+
 def test_step_waits_for_what_is_exposed():
     chip, sent = Chip(100, 16, 1000, ici=100, dcn=10), 1e9
     layout, work = layout_of(make_config(fsdp=8)), Work.of(meshes.settle(make_config(), on_cpu=True))
