@@ -44,6 +44,18 @@ def test_smoke(tmp_path):
     assert "| dense: losses in float32 against the CPU |" in text
 
 
+def test_the_other_miniatures_are_what_they_are_named(monkeypatch):
+    """Which the smoke test leaves out: a step of each takes long to compile."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.chdir(ROOT)
+    right = importlib.import_module("right")
+    models = {name: right.training.configure(*words, "precision.compute=float32").model for name, words in right.MINIATURES.items()}
+    assert set(right.SMOKE) < set(models)
+    assert models["mixture"].moe is not None
+    assert models["latent attention"].mla is not None
+    assert models["windows"].slots["sliding"].window == 16
+
+
 PART = """
 import record, sys, time
 

@@ -40,6 +40,11 @@ def find(root: Path, pattern: str) -> Corpus:
     return Corpus(sorted(found), sorted(name for name in hidden if not any(f"{other}/".startswith(f"{name}/") for other in taken)))
 
 
+def takes(pattern: str, name: str) -> bool:
+    """Whether the pattern names a file of this name, its path below the root; `Refused` if it is no pattern."""
+    return _matches(name.split("/"), _parts(pattern))
+
+
 def _parts(pattern: str) -> list[str]:
     parts = pattern.split("/")
     if parts[0] == "":

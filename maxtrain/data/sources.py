@@ -56,8 +56,27 @@ def is_heldout(document: AnyDocument, fraction: float) -> bool:
 
 
 def fingerprint(source: Source, cache_dir: str) -> str:
-    """A name for what `documents(source)` yields: of settings and content, so it is the same wherever the files lie."""
+    """A name for what `documents(source)` yields: of settings and content, so it is the same wherever the files lie.
+
+    Raises:
+        Refused: there are no such files, or what is kept in `cache_dir` would be among them.
+    """
+    _check_apart(source, cache_dir)
     return key(source.model_dump(exclude={"path", "pattern", "weight"}), _content(_files(source), cache_dir))
+
+
+def _check_apart(source: Source, cache_dir: str) -> None:
+    """Refuse a source that would read prepared data as text: its folder holds the cache, and its pattern takes the cache's files."""
+    if source.kind not in ("text", "jsonl"):
+        return
+    root, cache = (os.path.realpath(path) for path in (_root(source), expand(cache_dir, "data.cache_dir")))
+    if os.path.isdir(root) and os.path.commonpath((root, cache)) == root:
+        kept = [os.path.relpath(os.path.join(cache, "shards", "any", name), root) for name in ("tokens", "meta.json")]
+        if any(corpus.takes(source.pattern, name) for name in kept):
+            raise Refused(
+                f"data.cache_dir={cache_dir} lies in the source's folder {source.path}, and the pattern {source.pattern!r} would take "
+                "prepared data for text: set data.cache_dir to a folder elsewhere, or to one whose name begins with a dot"
+            )
 
 
 def _content(files: list[tuple[str, Path]], cache_dir: str) -> str:

@@ -115,6 +115,8 @@ def memory(work: Work, layout: Layout) -> dict[str, float]:
     if config.remat.policy == "none":
         kept["kept activations"] += len(model.trained_kinds) * _statistics(config, layout, tokens)
     heads = 1 if model.mtp is None else 1 + model.mtp.num_layers  # losses, each with its part of the head's gradient
+    # It waits for the parts of the other losses, or for the embedding's gradient where both are of one table
+    waiting = {"head's gradient": 4.0 * heads * vocab * model.embed} if heads > 1 or model.tie_embeddings else {}
     head = {
         "head and its gradient": (width + 4.0 * heads) * vocab * model.embed,
         "logits": 4 * chunk * vocab + 3 * width * tokens * model.embed,
@@ -122,11 +124,11 @@ def memory(work: Work, layout: Layout) -> dict[str, float]:
     # The layers of a period are one body, in which the compiler puts products of one off until those of another are done
     work_of = {name: _working(config, layout, name, tokens, width) for name in model.trained_kinds}
     period = {
-        **({"head's gradient": 4.0 * heads * vocab * model.embed} if heads > 1 else {}),
+        **waiting,
         "a layer's weights": 2.0 * width * work.layer(layout, gathered=True),
         "a period at work": max(sum(work_of.get(name, 0.0) for name in model.layer_pattern), *work_of.values()),
     }
-    table = {"embedding's gradient": 2.0 * width * vocab * model.embed}
+    table = waiting | {"embedding's gradient": (width + 4.0) * vocab * model.embed}
     return always | max(kept | head, kept | period, table, key=lambda kinds: sum(kinds.values()))
 
 

@@ -142,9 +142,12 @@ def foreign(path: str, ignore: Sequence[str] = ()) -> Weights:
     return gguf.File(path, ignore)
 
 
-def open_source(path: str, overrides: Sequence[str] = ()) -> Source:
-    """What is at a path, with its config changed by `overrides`; `Refused` if it is no trained model or one that is not supported."""
-    path = expand(path, "the model")
+def open_source(path: str, overrides: Sequence[str] = (), key: str = "the model") -> Source:
+    """What is at a path, with its config changed by `overrides`; `Refused` if it is no trained model or one that is not supported.
+
+    `key` says where the path was written, for a message about the path itself.
+    """
+    path = expand(path, key)
     ignore, overrides = ignored_fields(overrides)
     if not runs.is_run(path):
         return ForeignSource(foreign(path, ignore), overrides)
@@ -329,7 +332,8 @@ def settle(config: schema.Config, save: bool = True) -> tuple[schema.Config, Sou
         return config, None
     if (known := runs.recorded(config)) is not None:
         return _as_before(config, schema.Config.model_validate(known["config"])), None
-    source = open_source(path, [f"{IGNORE}{json.dumps(config.model.ignore_fields)}"] if config.model.ignore_fields else [])
+    ignore = [f"{IGNORE}{json.dumps(config.model.ignore_fields)}"] if config.model.ignore_fields else []
+    source = open_source(path, ignore, "model.init_from")
     update: dict[str, Any] = {}
     if config.model.deferred:
         kept = {name: getattr(config.model, name) for name in ("init_from", "ignore_fields", "layers")}

@@ -39,7 +39,7 @@ MINIATURES = {
     "latent attention": ("deepseek-v2-tiny", "model.init_scale=2.0"),
     "windows": ("gemma3-tiny", "model.slots.sliding.window=16"),
 }
-SMOKE = ("dense", "mixture")
+SMOKE = ("dense",)
 
 
 def trace(compute: str, names: list[str], steps: int) -> dict[str, dict[str, list[float]]]:

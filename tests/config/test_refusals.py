@@ -10,7 +10,7 @@ import pytest
 from maxtrain.config import Refused, keys, load
 from maxtrain.config.paths import expand
 from maxtrain.serving import lines
-from maxtrain.training.pretrained import open_source
+from maxtrain.training.pretrained import open_source, settle
 from maxtrain.training.run import locate
 
 MOE = "model: {slots: {layer: {feed_forward: moe}}, moe: {num_experts: 8, experts_per_token: 2, mlp: 8, @}}"
@@ -294,6 +294,8 @@ def test_paths_begin_at_home_wherever_they_are_written(tmp_path, monkeypatch):
     assert locate("~/x/checkpoints/3") == (str(tmp_path / "x"), 3)
     with pytest.raises(Refused, match=re.escape(f"{tmp_path}/nothing")):
         open_source("~/nothing")
+    with pytest.raises(Refused, match=r"model\.init_from: a path has no character NUL"):
+        settle(load(None, [f"run.dir={tmp_path}", "model.init_from=a\0b"]).config)
 
 
 def test_a_mapping_of_a_config_cannot_be_changed():

@@ -237,6 +237,24 @@ def test_fingerprint_follows_content_and_nothing_else(tmp_path, monkeypatch):
     assert fingerprint(one, cache) == first
 
 
+@pytest.mark.parametrize(
+    ("pattern", "cache", "refused"),
+    [("**/*", "cache", True), ("**/*.json", "cache", True), ("*/*", ".", False), ("**/*.txt", "cache", False), ("**/*", ".cache", False)],
+)
+def test_prepared_data_is_never_taken_for_text(tmp_path, pattern, cache, refused):
+    """A cache within the source's folder is refused before anything is written, unless the pattern leaves its files out."""
+    (tmp_path / "sub").mkdir()
+    for name in ("a.txt", "a.json"):
+        (tmp_path / "sub" / name).write_text("text")
+    source = Source(kind="text", path=str(tmp_path), pattern=pattern)
+    if not refused:
+        fingerprint(source, str(tmp_path / cache))
+        return
+    with pytest.raises(Refused, match=re.escape(f"data.cache_dir={tmp_path / cache} lies in")):
+        fingerprint(source, str(tmp_path / cache))
+    assert os.listdir(tmp_path) == ["sub"]
+
+
 @pytest.mark.parametrize("content", [b"\xff" * 64, b"", b"0" * 31, b"0" * 64, b"g" * 32])
 def test_a_damaged_note_of_a_fingerprint_is_not_believed(tmp_path, monkeypatch, content):
     (tmp_path / "a.txt").write_text("same")

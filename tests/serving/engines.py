@@ -1,6 +1,7 @@
 """Engines of tiny models, and switches that need no compilation."""
 
 import contextlib
+import functools
 import threading
 
 import jax
@@ -57,6 +58,7 @@ def logits(model, tokens):
     return np.asarray(forward(model, tokens), np.float64)[0]
 
 
+@functools.cache
 def _forward(length):
     def run(model, tokens):
         at = np.arange(length, dtype=np.int32)[None]

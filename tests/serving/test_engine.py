@@ -103,9 +103,13 @@ def test_scores_in_bfloat16_stay_near_float32(name):
     assert np.abs(found).max() < 1
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in OFTEN else ()) for name in MODELS])
-def test_greedy_tokens_and_scores_are_those_of_the_training_forward(name):
-    engine, model = build(**MODELS[name])
+ONE_SHAPE = [(name, {"deterministic": True}) for name in MODELS if name not in OFTEN]  # a program each, of the eight or so
+ALL_SHAPES = [pytest.param(name, {}, marks=pytest.mark.slow) for name in MODELS]
+
+
+@pytest.mark.parametrize(("name", "serve"), ONE_SHAPE + ALL_SHAPES)
+def test_greedy_tokens_and_scores_are_those_of_the_training_forward(name, serve):
+    engine, model = build(serve, **MODELS[name])
     asked = SamplingParams(temperature=0.0, max_tokens=12, logprobs=2, prompt_logprobs=1)
     requests = [engine.add(prompt, asked) for prompt in prompts()]
     for request, output in zip(requests, run(engine, *requests), strict=True):

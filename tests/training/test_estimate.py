@@ -72,6 +72,18 @@ def test_each_attention_takes_its_own_memory():
     assert found["cudnn"] - found["splash"] == 4 * 32 * BATCH * LENGTH / 8 * work.config.model.num_heads
 
 
+def test_the_gradient_of_a_shared_table_waits_for_its_other_part():
+    """The head's, in float32, through the backward pass until the embedding's is added to it; a head of its own is done with at once."""
+    sizes = {"vocab_size": 512, "embed": 32, "mlp": 4096, "layers": "scan"}  # the backward pass of a layer takes more than the loss
+    found = {}
+    for tied in (True, False):
+        config = make_config(schema.Model(**sizes, tie_embeddings=tied), fsdp=8)
+        found[tied] = estimate.memory(Work.of(meshes.settle(config, on_cpu=True)), layout_of(config))
+    assert found[True]["head's gradient"] == 4 * 512 * 32
+    assert "a period at work" in found[False]
+    assert "head's gradient" not in found[False]
+
+
 def test_traffic_of_fsdp_and_replicas():
     """A step gathers the layers twice and a table once, scatters gradients once, and adds them up between replicas in float32."""
     config = make_config(data=2, fsdp=4)
