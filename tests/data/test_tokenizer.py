@@ -68,7 +68,7 @@ def test_bpe_learns_and_splits_digits(bpe):
 
 def test_bad_data_is_refused_in_training_too(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "good"}\n{')
-    sources = {"a": Source(kind="jsonl", path=str(tmp_path))}
+    sources = {"a": Source(kind="jsonl", path=str(tmp_path / "a.jsonl"))}
     with pytest.raises(Refused, match=r"a\.jsonl:2"):
         load_tokenizer(Data(tokenizer=Section(kind="bpe", vocab_size=300), sources=sources, cache_dir=str(tmp_path / "cache")))
 
