@@ -60,7 +60,7 @@ CHIPS = {  # the longest key that begins the device kind, whole words, is taken
     "NVIDIA GH200": Chip(989, 96, 4000, float32=67),
     "NVIDIA H200": Chip(989, 141, 4800, float32=67),
     "NVIDIA H200 NVL": Chip(835, 141, 4800, float32=60),
-    "NVIDIA B200": Chip(2250, 180, 8000, float32=75),
+    "NVIDIA B200": Chip(2250, 180, 7700, float32=75),
     "AMD Instinct MI300X": Chip(1307, 192, 5300, float32=163.4),
 }
 
