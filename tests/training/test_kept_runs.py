@@ -53,15 +53,19 @@ def listing(folder):
 
 @pytest.mark.parametrize("name", ["dense", pytest.param("mixture", marks=LARGE), pytest.param("tuned", marks=LARGE)])
 def test_resumes(name, copy, cache_dir):
-    """What was written stays bit for bit; steps from then on within 1e-6, norms 1e-5: attention sums its gradients in another order."""
+    """What was written stays bit for bit, and so do further steps of the dense run.
+
+    The others are within 1e-6 of a loss and 1e-5 of a norm since attention sums its gradients in another order (9316fab: 1e-7, 1.2e-6).
+    """
     folder = copy(name)
     written = make_runs.rows(folder)
     Trainer(load(folder / "config.yml", [f"run.dir={folder}", f"data.cache_dir={cache_dir}"]).config).fit()
     found, wanted = np.array(make_runs.rows(folder)), np.array(EXPECTED[name]["rows"])
     assert found[:, 0].tolist() == list(range(1, 9))
     assert found[: len(written)].tolist() == written
-    np.testing.assert_allclose(found[:, [0, 1, 3]], wanted[:, [0, 1, 3]], rtol=1e-6)
-    np.testing.assert_allclose(found[:, 2], wanted[:, 2], rtol=1e-5)
+    loss, norm = (0, 0) if WROTE and name == "dense" else (1e-6, 1e-5)
+    np.testing.assert_allclose(found[:, [0, 1, 3]], wanted[:, [0, 1, 3]], rtol=loss)
+    np.testing.assert_allclose(found[:, 2], wanted[:, 2], rtol=norm)
 
 
 @pytest.mark.parametrize("name", ["dense", *(pytest.param(name, marks=LARGE) for name in ("mixture", "imported", "tuned"))])
