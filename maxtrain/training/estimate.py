@@ -115,7 +115,7 @@ def memory(work: Work, layout: Layout) -> dict[str, float]:
     if config.remat.policy == "none":
         kept["kept activations"] += len(model.trained_kinds) * _statistics(config, layout, tokens)
     heads = 1 if model.mtp is None else 1 + model.mtp.num_layers  # losses, each with its part of the head's gradient
-    # It waits for the parts of the other losses, or for the embedding's gradient where both are of one table
+    # Held through the backward pass, because other losses, or the embedding where it is the same table, add to it
     waiting = {"head's gradient": 4.0 * heads * vocab * model.embed} if heads > 1 or model.tie_embeddings else {}
     head = {
         "head and its gradient": (width + 4.0 * heads) * vocab * model.embed,

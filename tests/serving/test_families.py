@@ -2,6 +2,7 @@
 
 import importlib.util
 import pathlib
+import sys
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from maxtrain import LLM, SamplingParams
 
 pytestmark = pytest.mark.slow
 PATH = pathlib.Path(__file__).parents[1] / "models" / "test_families.py"
+sys.path.insert(0, str(PATH.parent))  # where its own helpers are
 SPEC = importlib.util.spec_from_file_location("family_cases", PATH)
 families = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(families)
