@@ -53,7 +53,7 @@ EIGHT = {  # layouts of 8 devices
     "ring": ["gemma2-tiny", "mesh.fsdp=4", "mesh.context=2"],
     "all-to-all": ["llama-tiny", "mesh.fsdp=4", "mesh.context=2", "mesh.context_attention=all_to_all"],
     "experts": ["deepseek-v3-tiny", "mesh.fsdp=2", "mesh.expert=4"],
-    "stages": ["mixtral-tiny", "mesh.fsdp=4", "mesh.stage=2", "model.num_layers=4", "train.microbatches=4"],
+    "stages": ["mixtral-tiny", "mesh.fsdp=4", "mesh.stage=2", "model.num_layers=4"],
 }
 TPU = {  # programs that are only compiled
     "v5e dense": ["llama-tiny", "topology=v5e:2x2", "model.embed=512", "model.mlp=1024", "data.length=128"],
